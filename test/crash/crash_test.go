@@ -1,0 +1,183 @@
+// Package crash kills the daemon, cuts its power and fills its disk, and looks at what is left.
+//
+// `go test ./test/crash` tries a sample; with -thorough it tries what the
+// project promises: 200 power cuts, and every fault point at its first, second and fifth pass.
+package crash
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	leases "github.com/containerd/containerd/api/services/leases/v1"
+	"google.golang.org/grpc/metadata"
+
+	"github.com/holdfast-dev/holdfast/test/crash/forgetful"
+	"github.com/holdfast-dev/holdfast/test/harness"
+)
+
+var (
+	thorough = flag.Bool("thorough", false, "try everything, not a sample")
+	seedFlag = flag.Uint64("seed", 0, "make images and choices from this seed; 0: from a new one")
+)
+
+func TestMain(m *testing.M) {
+	forgetful.Main()
+	flag.Parse()
+	os.Exit(harness.Run(m))
+}
+
+// newSeed returns the run's seed and prints it.
+func newSeed(t *testing.T) uint64 {
+	t.Helper()
+	seed := *seedFlag
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("-seed %d repeats this run", seed)
+	return seed
+}
+
+const snapshotter = "overlayfs"
+
+// checkStore is the verdict on a daemon's store: sound by its own check, and by a
+// reading of every blob that doesn't trust it.
+func checkStore(t *testing.T, d *harness.Daemon) {
+	t.Helper()
+	if err := errors.Join(d.Check(), d.VerifyBlobs(t)); err != nil {
+		t.Errorf("the store is not whole: %v", err)
+	}
+}
+
+// checkImage reads an image as a container would see it.
+func checkImage(t *testing.T, d *harness.Daemon, img *harness.Image, ref string) {
+	t.Helper()
+	if got := d.Images(t)[ref]; got != img.Target.Digest {
+		t.Errorf("image %s is %q, want %s", ref, got, img.Target.Digest)
+		return
+	}
+	tree, err := d.Tree(t, snapshotter, img.ChainID.String())
+	if err != nil {
+		t.Error(err)
+		return
+	}
+	if lines := img.Tree.Differences(tree); len(lines) > 0 {
+		t.Errorf("image %s is not whole:\n%s", ref, strings.Join(lines, "\n"))
+	}
+}
+
+// pull pulls an image, checks it and the store.
+func pull(t *testing.T, d *harness.Daemon, img *harness.Image, ref string) {
+	t.Helper()
+	if err := d.Pull(ref); err != nil {
+		t.Errorf("pull: %v", err)
+		return
+	}
+	checkImage(t, d, img, ref)
+	checkStore(t, d)
+}
+
+// checkHeld checks that every interrupted write is held by a lease that expires (inv 3).
+func checkHeld(t *testing.T, d *harness.Daemon) {
+	t.Helper()
+	held := make(map[string]bool)
+	for _, lease := range d.Leases(t) {
+		if lease.Labels["containerd.io/gc.expire"] == "" && !strings.HasPrefix(lease.ID, harness.LeasePrefix) {
+			t.Errorf("lease %s has no end", lease.ID)
+		}
+		reply, err := leases.NewLeasesClient(d.Conn).ListResources(harness.Context(t), &leases.ListResourcesRequest{ID: lease.ID})
+		if err != nil {
+			t.Fatalf("list what lease %s holds: %v", lease.ID, err)
+		}
+		for _, resource := range reply.Resources {
+			if resource.Type == "ingests" {
+				held[resource.ID] = true
+			}
+		}
+	}
+	for _, ingest := range d.Ingests(t) {
+		if !held[ingest.Ref] {
+			t.Errorf("ingest %s is held by no lease", ingest.Ref)
+		}
+	}
+}
+
+// dropAll removes every image and lease, collects, and checks that nothing is left on disk.
+func dropAll(t *testing.T, d *harness.Daemon) {
+	t.Helper()
+	ctx := harness.Context(t)
+	for name := range d.Images(t) {
+		if err := d.RemoveImage(ctx, name); err != nil {
+			t.Errorf("remove image %s: %v", name, err)
+		}
+	}
+	dropLeases(t, d)
+	checkEmpty(t, d)
+}
+
+// dropLeases ends every lease, as its expiry would, and collects.
+func dropLeases(t *testing.T, d *harness.Daemon) {
+	t.Helper()
+	ctx := harness.Context(t)
+	for _, lease := range d.Leases(t) {
+		if _, err := leases.NewLeasesClient(d.Conn).Delete(ctx, &leases.DeleteRequest{ID: lease.ID, Sync: true}); err != nil {
+			t.Errorf("delete lease %s: %v", lease.ID, err)
+		}
+	}
+	if err := d.Collect(ctx); err != nil {
+		t.Errorf("collect: %v", err)
+	}
+}
+
+// checkEmpty checks that a store without images and leases has nothing on disk, and nothing mounted.
+func checkEmpty(t *testing.T, d *harness.Daemon) {
+	t.Helper()
+	for _, dir := range []string{harness.BlobsDir + "/sha256", harness.IngestDir, harness.OverlayDir, harness.NativeDir, harness.TrashDir, harness.TmpmountDir} {
+		entries, err := os.ReadDir(filepath.Join(d.Root, dir))
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			t.Error(err)
+		}
+		for _, entry := range entries {
+			t.Errorf("left behind: %s/%s", dir, entry.Name())
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if at := strings.Fields(line)[4]; strings.HasPrefix(at, d.Root+"/") || strings.HasPrefix(at, d.State+"/") {
+			t.Errorf("left mounted: %s", at)
+		}
+	}
+}
+
+// leased returns a context under a new lease, and a func that ends it and collects.
+func leased(ctx context.Context, d *harness.Daemon) (context.Context, func() error, error) {
+	client := leases.NewLeasesClient(d.Conn)
+	reply, err := client.Create(ctx, &leases.CreateRequest{ID: harness.LeasePrefix + strconv.FormatUint(rand.Uint64(), 36)})
+	if err != nil {
+		return nil, nil, fmt.Errorf("create a lease: %w", err)
+	}
+	end := func() error {
+		_, err := client.Delete(ctx, &leases.DeleteRequest{ID: reply.Lease.ID, Sync: true})
+		return err
+	}
+	return metadata.AppendToOutgoingContext(ctx, "containerd-lease", reply.Lease.ID), end, nil
+}
+
+func mkfs(t *testing.T, device string) {
+	t.Helper()
+	if out, err := exec.Command("mkfs.ext4", "-q", "-E", "nodiscard", device).CombinedOutput(); err != nil {
+		t.Fatalf("mkfs.ext4 %s: %v\n%s", device, err, out)
+	}
+}

@@ -1,0 +1,193 @@
+package crash
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-dev/holdfast/test/crash/forgetful"
+	"github.com/holdfast-dev/holdfast/test/harness"
+)
+
+// TestPullKilled kills the daemon by SIGKILL when a part of an image is there. What
+// was fetched is not fetched again, and it is held by a lease that ends.
+func TestPullKilled(t *testing.T) {
+	harness.NeedRoot(t)
+	layers := harness.Random(newSeed(t), 3)
+	for _, moment := range []struct {
+		name    string
+		percent int64
+	}{{"early", 5}, {"middle", 50}, {"late", 95}} {
+		t.Run(moment.name, func(t *testing.T) {
+			t.Parallel()
+			reg := harness.NewRegistry(t)
+			img := harness.NewImage(t, layers...)
+			ref := reg.Push(img, "killed")
+			opts := harness.Options{Root: harness.TempDir(t)}
+			sent := killDuringPull(t, reg, opts, ref, img.LayerBytes()*moment.percent/100)
+
+			d := harness.Start(t, opts)
+			checkStore(t, d)
+			checkHeld(t, d)
+			if names := d.Images(t); len(names) > 0 {
+				t.Errorf("images %v after a pull that did not end", names)
+			}
+			kept := keptBytes(t, opts.Root, img)
+			if lost := sum(sent) - sum(kept); lost > inFlight {
+				t.Errorf("%d bytes were sent, %d of them are kept", sum(sent), sum(kept))
+			}
+
+			pull(t, d, img, ref)
+			for dgst, n := range reg.Served() {
+				if want := int64(len(img.Blobs[dgst])) - kept[dgst]; n > want {
+					t.Errorf("blob %s: %d bytes fetched again, %d were missing", dgst, n, want)
+				}
+			}
+			dropAll(t, d)
+			d.Stop(t)
+		})
+	}
+}
+
+// TestPullKilledAndForgotten kills the daemon in the middle of a pull. Once the lease has ended nothing is left.
+func TestPullKilledAndForgotten(t *testing.T) {
+	harness.NeedRoot(t)
+	reg := harness.NewRegistry(t)
+	img := harness.NewImage(t, harness.Random(newSeed(t), 3)...)
+	opts := harness.Options{Root: harness.TempDir(t)}
+	killDuringPull(t, reg, opts, reg.Push(img, "forgotten"), img.LayerBytes()/2)
+
+	d := harness.Start(t, opts)
+	if len(d.Leases(t)) == 0 {
+		t.Error("no lease holds what was fetched")
+	}
+	dropLeases(t, d)
+	checkEmpty(t, d)
+	checkStore(t, d)
+	d.Stop(t)
+}
+
+// inFlight bounds what may be on its way from the registry to the files when the
+// daemon dies: socket buffers of both sides and the daemon's own, per connection, in bytes.
+const inFlight = 2 << 20
+
+// killDuringPull starts a daemon, pulls, and kills it when so many bytes of blobs were sent. It returns what was.
+func killDuringPull(t *testing.T, reg *harness.Registry, opts harness.Options, ref string, after int64) map[digest.Digest]int64 {
+	t.Helper()
+	d := harness.Start(t, opts)
+	reached := reg.Hold(after)
+	ended := make(chan error, 1)
+	go func() { ended <- d.Pull(ref) }()
+	select {
+	case <-reached:
+	case err := <-ended:
+		t.Fatalf("the pull ended before %d bytes: %v", after, err)
+	}
+	d.Kill()
+	reg.Release()
+	if err := <-ended; err == nil {
+		t.Error("the pull succeeded without its daemon")
+	}
+	return reg.Served()
+}
+
+// keptBytes returns how much of each blob a root has, committed or not.
+func keptBytes(t *testing.T, root string, img *harness.Image) map[digest.Digest]int64 {
+	t.Helper()
+	kept := make(map[digest.Digest]int64)
+	refs, err := filepath.Glob(filepath.Join(root, harness.IngestDir, "*", "ref"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for dgst := range img.Blobs {
+		if info, err := os.Stat(filepath.Join(root, harness.BlobsDir, dgst.Algorithm().String(), dgst.Encoded())); err == nil {
+			kept[dgst] = info.Size()
+		}
+		for _, file := range refs {
+			ref, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !strings.Contains(string(ref), dgst.Encoded()) {
+				continue
+			}
+			if info, err := os.Stat(filepath.Join(filepath.Dir(file), "data")); err == nil {
+				kept[dgst] += info.Size()
+			}
+		}
+	}
+	return kept
+}
+
+func sum(m map[digest.Digest]int64) (n int64) {
+	for _, v := range m {
+		n += v
+	}
+	return n
+}
+
+// TestFullDisk pulls an image for which there is no room, then makes room.
+func TestFullDisk(t *testing.T) {
+	harness.NeedRoot(t)
+	device := forgetful.Loop(t, forgetful.Memory(t, 64<<20))
+	mkfs(t, device)
+	dir, _ := forgetful.Mount(t, device, "ext4", "")
+	reg := harness.NewRegistry(t)
+	img := harness.NewImage(t, harness.Random(newSeed(t), 6)...)
+	ref := reg.Push(img, "big")
+	d := harness.Start(t, harness.Options{Root: filepath.Join(dir, "root")})
+
+	filler := filepath.Join(dir, "filler")
+	fill(t, dir, filler, img.LayerBytes())
+	before := free(t, dir)
+	err := d.Pull(ref)
+	if err == nil {
+		t.Fatalf("a pull of %d bytes and as much unpacked succeeded with %d free", img.LayerBytes(), before)
+	}
+	if !strings.Contains(err.Error(), "space") {
+		t.Errorf("the error does not speak of space: %v", err)
+	}
+	checkStore(t, d)
+	checkHeld(t, d)
+	dropLeases(t, d)
+	checkEmpty(t, d)
+	sync(t, dir)
+	if lost := before - free(t, dir); lost > dbGrowth {
+		t.Errorf("%d bytes are gone after the failed pull", lost)
+	}
+
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	pull(t, d, img, ref)
+	d.Stop(t)
+}
+
+// dbGrowth bounds what the databases may have grown by, in bytes.
+const dbGrowth = 2 << 20
+
+// fill leaves so many bytes free.
+func fill(t *testing.T, dir, filler string, leave int64) {
+	t.Helper()
+	f, err := os.Create(filler)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, free(t, dir)-leave); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func free(t *testing.T, dir string) int64 {
+	t.Helper()
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	return int64(st.Bavail) * st.Bsize
+}

@@ -1,0 +1,258 @@
+package harness
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/health/grpc_health_v1"
+)
+
+// Options say how a daemon is started. The zero value is a daemon on a root of its own.
+type Options struct {
+	Root   string // its root directory; default: a new one that goes with the test
+	State  string // its state directory, which also holds the socket; default: as for Root
+	Config string // the text of its config file; default: none
+	Fault  string // what to inject (package fault's Env); not "": the daemon is built with the tag `fault`
+	Env    []string
+}
+
+// Deadlines of what a healthy daemon does at once.
+const (
+	startTimeout = 30 * time.Second
+	stopTimeout  = 30 * time.Second
+	ctlTimeout   = 2 * time.Minute
+)
+
+// Daemon is one running holdfastd.
+type Daemon struct {
+	Root, State string
+	Socket      string
+	Conn        *grpc.ClientConn // to Socket
+
+	bin  Binaries
+	cmd  *exec.Cmd
+	log  *logBuffer
+	done chan struct{} // closed when the process has ended
+	err  error         // how it ended; read after done
+}
+
+// Start starts a daemon and waits until it serves. It is killed when the
+// test ends, and its log shown if the test failed.
+func Start(t testing.TB, opts Options) *Daemon {
+	t.Helper()
+	d, err := TryStart(t, opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// TryStart is Start for a daemon that may not come up. The error holds its log.
+func TryStart(t testing.TB, opts Options) (*Daemon, error) {
+	t.Helper()
+	NeedRoot(t)
+	d := &Daemon{Root: opts.Root, State: opts.State, log: new(logBuffer), done: make(chan struct{})}
+	if d.Root == "" {
+		d.Root = TempDir(t)
+	}
+	if d.State == "" {
+		d.State = TempDir(t)
+	}
+	d.Socket = filepath.Join(d.State, "d.sock")
+	config := "/dev/null"
+	if opts.Config != "" {
+		config = filepath.Join(TempDir(t), "config.toml")
+		if err := os.WriteFile(config, []byte(opts.Config), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.bin = Build(t)
+	if opts.Fault != "" {
+		d.bin = Build(t, "fault")
+	}
+	d.cmd = exec.Command(d.bin.Daemon, "--config", config, "--root", d.Root, "--state", d.State, "--address", d.Socket)
+	d.cmd.Env = append(os.Environ(), opts.Env...)
+	if opts.Fault != "" {
+		d.cmd.Env = append(d.cmd.Env, "HOLDFAST_FAULT="+opts.Fault)
+	}
+	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
+	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if err := d.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		d.err = d.cmd.Wait()
+		close(d.done)
+	}()
+	t.Cleanup(func() { d.cleanup(t) })
+	return d, d.dial()
+}
+
+// TempDir is t.TempDir with a short path, since a socket's may have at most 104 bytes.
+func TempDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "hf-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Errorf("clean up: %v", err)
+		}
+	})
+	return dir
+}
+
+func (d *Daemon) cleanup(t testing.TB) {
+	d.Kill()
+	if d.Conn != nil {
+		d.Conn.Close()
+	}
+	if t.Failed() {
+		t.Logf("daemon on %s:\n%s", d.Root, d.Log())
+	}
+}
+
+// dial waits until the health service says that the daemon serves.
+func (d *Daemon) dial() error {
+	conn, err := grpc.NewClient("unix://"+d.Socket,
+		grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: 50 * time.Millisecond},
+		}))
+	if err != nil {
+		return err
+	}
+	d.Conn = conn
+	ctx, cancel := d.alive(startTimeout)
+	defer cancel()
+	reply, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, new(grpc_health_v1.HealthCheckRequest), grpc.WaitForReady(true))
+	switch {
+	case d.Dead():
+		return fmt.Errorf("the daemon ended while it started: %w\n%s", d.err, d.Log())
+	case err != nil:
+		return fmt.Errorf("the daemon is not ready: %w\n%s", err, d.Log())
+	case reply.Status != grpc_health_v1.HealthCheckResponse_SERVING:
+		return fmt.Errorf("the daemon is not ready: health is %s\n%s", reply.Status, d.Log())
+	}
+	return nil
+}
+
+// alive returns a context that ends with the daemon.
+func (d *Daemon) alive(timeout time.Duration) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	go func() {
+		select {
+		case <-d.done:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	return ctx, cancel
+}
+
+// Ctl runs the command line against the daemon. It returns what it printed;
+// an exit code other than 0 is an error that holds the output.
+func (d *Daemon) Ctl(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), ctlTimeout)
+	defer cancel()
+	var out bytes.Buffer
+	all := new(logBuffer)
+	cmd := exec.CommandContext(ctx, d.bin.CLI, append([]string{"--address", d.Socket}, args...)...)
+	cmd.Stdout = io.MultiWriter(&out, all)
+	cmd.Stderr = all
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("holdfast %q: %w\n%s", args, err, all)
+	}
+	return out.String(), nil
+}
+
+// Kill ends the daemon by SIGKILL and waits until it is gone.
+func (d *Daemon) Kill() {
+	d.cmd.Process.Kill()
+	<-d.done
+}
+
+// Stop ends the daemon in order; it must exit with 0.
+func (d *Daemon) Stop(t testing.TB) {
+	t.Helper()
+	d.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-d.done:
+		if d.err != nil {
+			t.Errorf("the daemon was asked to stop and ended with %v\n%s", d.err, d.Log())
+		}
+	case <-time.After(stopTimeout):
+		t.Errorf("the daemon was asked to stop and still runs after %s\n%s", stopTimeout, d.Log())
+		d.Kill()
+	}
+}
+
+// Done is closed when the process has ended, however that came.
+func (d *Daemon) Done() <-chan struct{} { return d.done }
+
+// Dead reports whether the process has ended.
+func (d *Daemon) Dead() bool {
+	select {
+	case <-d.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// KilledBy returns the signal that ended the process, or 0 if it runs or ended otherwise.
+func (d *Daemon) KilledBy() syscall.Signal {
+	if !d.Dead() {
+		return 0
+	}
+	exit, ok := errors.AsType[*exec.ExitError](d.err)
+	if !ok {
+		return 0
+	}
+	status, _ := exit.Sys().(syscall.WaitStatus)
+	if !status.Signaled() {
+		return 0
+	}
+	return status.Signal()
+}
+
+// Log returns what the daemon has printed, its end if that was much.
+func (d *Daemon) Log() string { return d.log.String() }
+
+// logLimit bounds the part of a process's output that is kept, in bytes.
+const logLimit = 64 << 10
+
+type logBuffer struct {
+	mu  sync.Mutex
+	buf []byte
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.buf = append(b.buf, p...)
+	if over := len(b.buf) - logLimit; over > 0 {
+		b.buf = b.buf[over:]
+	}
+	return len(p), nil
+}
+
+func (b *logBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return string(b.buf)
+}
