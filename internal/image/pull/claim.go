@@ -1,0 +1,205 @@
+package pull
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"maps"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/holdfast-dev/holdfast/internal/image"
+	"github.com/holdfast-dev/holdfast/internal/meta"
+	"github.com/holdfast-dev/holdfast/internal/oci"
+	"github.com/holdfast-dev/holdfast/internal/snapshot"
+)
+
+// claim is one pull's share in a job.
+type claim struct {
+	job    *job
+	led    bool // this pull started it
+	report func(Event)
+}
+
+// claim joins the jobs of all layers, bottom first, and starts those that
+// nobody runs: this is T2. On an error it has left them all.
+func (r *run) claim(ctx context.Context, plan image.Image) (claims []*claim, err error) {
+	claims, err = r.join(ctx, plan)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			abandon(claims, err)
+		}
+	}()
+	led, present, err := r.missing(ctx, claims)
+	if err != nil {
+		return claims, err
+	}
+	made, release, err := r.createActives(ctx, led)
+	defer release()
+	if err != nil {
+		return claims, err
+	}
+	if err := r.recordClaim(ctx, led, present, made); err != nil {
+		return claims, err
+	}
+	r.claimed = true
+	for _, j := range present {
+		j.report(Event{Stage: StageExists, Desc: j.layer.Desc, Offset: j.layer.Desc.Size})
+		j.finish(nil)
+	}
+	if err := r.docs.write(ctx); err != nil {
+		return claims, err
+	}
+	for _, j := range led {
+		r.p.jobs.Go(j.run)
+	}
+	return claims, nil
+}
+
+// join finds or makes the job of every layer. A job whose pulls have all left
+// is on its way out: it is waited for.
+func (r *run) join(ctx context.Context, plan image.Image) ([]*claim, error) {
+	var claims []*claim
+	var parent *job
+	for i := range plan.Layers {
+		key := layerKey{r.sp.Namespace(), r.snaps.Driver(), plan.Layers[i].ChainID, r.req.NoUnpack}
+		for {
+			c, leaving := r.p.join(r, key, plan.Layers[i], parent)
+			if c != nil {
+				claims, parent = append(claims, c), c.job
+				break
+			}
+			select {
+			case <-leaving.done:
+			case <-ctx.Done():
+				abandon(claims, context.Cause(ctx))
+				return nil, context.Cause(ctx)
+			}
+		}
+	}
+	return claims, nil
+}
+
+// abandon ends the jobs that this pull has made and not started, and leaves
+// the others.
+func abandon(claims []*claim, err error) {
+	for _, c := range claims {
+		if c.led {
+			c.job.dropActive()
+			c.job.finish(err)
+		}
+		c.job.leave(c)
+	}
+}
+
+// missing splits the jobs of this pull into those with work to do and those
+// whose snapshot is there already.
+func (r *run) missing(ctx context.Context, claims []*claim) (todo, present []*job, err error) {
+	for _, c := range claims {
+		j := c.job
+		if !c.led {
+			continue
+		}
+		if r.req.NoUnpack {
+			todo = append(todo, j)
+			continue
+		}
+		info, err := r.snaps.Stat(ctx, j.layer.ChainID.String())
+		switch {
+		case err == nil && info.Kind == snapshot.KindCommitted:
+			present = append(present, j)
+		case err == nil:
+			return nil, nil, fmt.Errorf("snapshot %s of %s is not a committed one; remove it and pull again: %w", j.layer.ChainID, r.snaps.Driver(), errdefs.ErrFailedPrecondition)
+		case errdefs.IsNotFound(err):
+			todo = append(todo, j)
+		default:
+			return nil, nil, err
+		}
+	}
+	return todo, present, nil
+}
+
+// createActives makes the snapshots that the layers are unpacked into, if the
+// driver gives parents at commit; with others it has to wait for the parent.
+func (r *run) createActives(ctx context.Context, led []*job) ([]meta.Created, func(), error) {
+	if !r.snaps.Traits().Rebase || r.req.NoUnpack || len(led) == 0 {
+		return nil, func() {}, nil
+	}
+	var news []snapshot.New
+	for _, j := range led {
+		j.active = j.newKey()
+		news = append(news, snapshot.New{Key: j.active, Kind: snapshot.KindActive, Labels: j.labels()})
+	}
+	made, release, err := r.snaps.Create(ctx, news...)
+	if release == nil {
+		release = func() {}
+	}
+	return made, release, err
+}
+
+// recordClaim is the transaction: what exists is leased, and what is about to
+// come has a record before its first byte (inv 3).
+func (r *run) recordClaim(ctx context.Context, led, present []*job, made []meta.Created) error {
+	return r.sp.Update(ctx, func(tx *meta.Tx) error {
+		for _, desc := range r.docs.missing {
+			if err := r.holdBlob(tx, desc); err != nil {
+				return err
+			}
+		}
+		for _, j := range present {
+			if err := tx.LeaseSnapshot(r.snaps.Driver(), j.layer.ChainID.String()); err != nil {
+				return err
+			}
+		}
+		for _, j := range led {
+			if err := r.holdBlob(tx, j.layer.Desc); err != nil {
+				return err
+			}
+		}
+		for _, c := range made {
+			if err := tx.RecordSnapshot(c); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// newKey names an active snapshot as containerd's unpacker does, so that what
+// a crash leaves is recognised for what it is.
+func (j *job) newKey() string {
+	return fmt.Sprintf("extract-%d-%s %s", time.Now().Nanosecond(), strings.ToLower(rand.Text()[:4]), j.layer.ChainID)
+}
+
+// labels of the layer's snapshot, active and committed: its annotations meant
+// for snapshots, and what it is. A manifest is a stranger's: it can't ask for
+// an id mapping.
+func (j *job) labels() map[string]string {
+	labels := map[string]string{}
+	for k, v := range j.layer.Desc.Annotations {
+		if strings.HasPrefix(k, "containerd.io/snapshot/") && len(k)+len(v) <= 4096 {
+			labels[k] = v
+		}
+	}
+	maps.DeleteFunc(labels, func(k, _ string) bool {
+		return strings.HasSuffix(k, "/uidmapping") || strings.HasSuffix(k, "/gidmapping")
+	})
+	labels[oci.LabelSnapshotRef] = j.layer.ChainID.String()
+	labels[oci.LabelDiffID] = j.layer.DiffID.String()
+	if p := j.parentChain(); p != "" {
+		labels[oci.LabelParentChain] = p
+	}
+	return labels
+}
+
+func (j *job) parentChain() string {
+	if j.parent == nil {
+		return ""
+	}
+	return j.parent.layer.ChainID.String()
+}

@@ -1,0 +1,327 @@
+package pull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/holdfast-dev/holdfast/internal/image"
+	"github.com/holdfast-dev/holdfast/internal/layer"
+	"github.com/holdfast-dev/holdfast/internal/meta"
+	"github.com/holdfast-dev/holdfast/internal/snapshot"
+)
+
+// layerKey is what makes two layers the same work.
+type layerKey struct {
+	namespace, driver string
+	chain             digest.Digest
+	packed            bool
+}
+
+// job brings one layer of a chain from its registry to a committed snapshot.
+// It runs with the means of the pull that started it, and for as long as any
+// pull wants it:
+//
+//	claimed -> fetching -> queued (committer) -> done
+//	   \___________\__________\______________/  on an error, or when all have left
+type job struct {
+	by     *run // the pull that started it
+	key    layerKey
+	layer  image.Layer
+	parent *job // nil for the bottom layer
+	active string
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+
+	queuedOnce sync.Once
+	queued     chan struct{} // closed when in the committer's queue, or done
+	done       chan struct{} // closed when err is set
+	err        error
+
+	mu     sync.Mutex
+	claims []*claim
+	over   bool // finished, or on its way out: nobody may join
+}
+
+var errAllLeft = errors.New("every pull that wanted the layer has ended")
+
+// join adds r to the job of key, making it if there is none. It returns the
+// job instead when that can't be joined any more.
+func (p *Puller) join(r *run, key layerKey, l image.Layer, parent *job) (c *claim, leaving *job) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	j := p.layers[key]
+	led := j == nil
+	if led {
+		j = &job{by: r, key: key, layer: l, parent: parent, queued: make(chan struct{}), done: make(chan struct{})}
+		j.ctx, j.cancel = context.WithCancelCause(context.Background())
+		if p.closed {
+			j.cancel(errors.New("the daemon is stopping"))
+		}
+		p.layers[key] = j
+		p.live[r.sp.Lease()]++
+	}
+	c = &claim{job: j, led: led, report: r.report}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.over {
+		return nil, j
+	}
+	j.claims = append(j.claims, c)
+	return c, nil
+}
+
+// leave ends a pull's share. The last one to leave ends the job, if it is
+// under way.
+func (j *job) leave(c *claim) (last bool) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.claims = slices.DeleteFunc(j.claims, func(o *claim) bool { return o == c })
+	if len(j.claims) == 0 && !j.over {
+		j.over = true
+		j.cancel(errAllLeft)
+		return true
+	}
+	return false
+}
+
+func (j *job) report(e Event) {
+	j.mu.Lock()
+	claims := slices.Clone(j.claims)
+	j.mu.Unlock()
+	for _, c := range claims {
+		c.report(e)
+	}
+}
+
+func (j *job) enqueued() { j.queuedOnce.Do(func() { close(j.queued) }) }
+
+// finish settles the job: all who wait for it go on. Only the first call
+// counts.
+func (j *job) finish(err error) {
+	p := j.by.p
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-j.done:
+		return
+	default:
+	}
+	j.mu.Lock()
+	j.over = true
+	j.mu.Unlock()
+	j.err = err
+	delete(p.layers, j.key)
+	p.letGo(j.by.sp.Lease())
+	close(j.done)
+	j.enqueued()
+	j.cancel(nil)
+}
+
+// run does the work and settles the job.
+func (j *job) run() {
+	err := j.work(j.ctx)
+	if err != nil {
+		j.dropActive()
+		err = fmt.Errorf("layer %s: %w", j.layer.Desc.Digest, err)
+	} else {
+		j.report(Event{Stage: StageComplete, Desc: j.layer.Desc, Offset: j.layer.Desc.Size})
+	}
+	j.finish(err)
+}
+
+// dropActive removes the snapshot of a layer that failed: unlike an ingest it
+// can't be resumed.
+func (j *job) dropActive() {
+	if j.active == "" {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	if err := j.by.snaps.Remove(ctx, j.active); err != nil && !errdefs.IsNotFound(err) {
+		j.by.p.opts.Log.Warn("active snapshot of a failed layer stays until its lease ends", "key", j.active, "error", err)
+	}
+	j.active = ""
+}
+
+// work is the life of one layer. Bytes that don't match their digest are
+// thrown away, snapshot and all, and fetched once more from elsewhere.
+func (j *job) work(ctx context.Context) error {
+	j.report(Event{Stage: StageWaiting, Desc: j.layer.Desc})
+	select {
+	case j.by.slots <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	free := sync.OnceFunc(func() { <-j.by.slots })
+	defer free()
+	for try := 0; ; try++ {
+		rd, err := j.land(ctx, free)
+		if err == nil {
+			return j.commit(ctx, rd)
+		}
+		var l *lied
+		if !errors.As(err, &l) || try == maxLies {
+			return err
+		}
+		if l.host != "" {
+			j.by.repo.Distrust(l.host)
+		}
+		if err := j.renew(ctx); err != nil {
+			return err
+		}
+	}
+}
+
+// renew replaces the active snapshot, into which unverified bytes have gone.
+func (j *job) renew(ctx context.Context) error {
+	if j.active == "" {
+		return nil
+	}
+	j.dropActive()
+	if !j.by.snaps.Traits().Rebase {
+		return nil
+	}
+	return j.createActive(ctx, "")
+}
+
+// createActive makes and records the snapshot of this one layer.
+func (j *job) createActive(ctx context.Context, parent string) error {
+	key := j.newKey()
+	made, release, err := j.by.snaps.Create(ctx, snapshot.New{Key: key, Parent: parent, Kind: snapshot.KindActive, Labels: j.labels()})
+	if err != nil {
+		return err
+	}
+	defer release()
+	err = j.by.sp.Update(ctx, func(tx *meta.Tx) error { return tx.RecordSnapshot(made[0]) })
+	if err == nil {
+		j.active = key
+	}
+	return err
+}
+
+// land brings the bytes to disk, verified: blob and tree in one pass where the
+// driver allows it, else the blob first and, when the parent is there, the
+// tree from it. free gives up the download slot.
+func (j *job) land(ctx context.Context, free func()) (*ready, error) {
+	src, err := j.openSource(ctx)
+	if err != nil {
+		return nil, err
+	}
+	rd := &ready{job: j, writer: src.writer}
+	if j.key.packed || !j.by.snaps.Traits().Rebase {
+		if err := src.drain(ctx); err != nil {
+			return nil, errors.Join(err, src.close())
+		}
+		free()
+		if j.key.packed {
+			return rd, nil
+		}
+		if err := j.waitParent(ctx, true); err != nil {
+			return nil, errors.Join(err, src.close())
+		}
+		if err := j.createActive(ctx, j.parentChain()); err != nil {
+			return nil, errors.Join(err, src.close())
+		}
+		if err := src.rewind(); err != nil {
+			return nil, errors.Join(err, src.close())
+		}
+	}
+	j.report(Event{Stage: StageFetching, Desc: j.layer.Desc, Offset: src.offset})
+	if err := j.unpack(ctx, src, rd); err != nil {
+		return nil, errors.Join(err, src.close())
+	}
+	src.release()
+	free()
+	return rd, nil
+}
+
+// unpack emits the layer into its active snapshot while its bytes go by.
+func (j *job) unpack(ctx context.Context, src *source, rd *ready) error {
+	dir, _, err := j.by.snaps.Dir(ctx, j.active)
+	if err != nil {
+		return err
+	}
+	var emit interface {
+		layer.Emitter
+		Sync() (bool, error)
+		Close() error
+	}
+	if j.by.snaps.Traits().Form == snapshot.FormOverlay {
+		emit, err = layer.NewOverlay(dir, nil, layer.OverlayOptions{UserXattr: j.by.p.opts.UserXattr})
+	} else {
+		emit, err = layer.NewDirectory(dir)
+	}
+	if err != nil {
+		return err
+	}
+	defer emit.Close()
+	res, applyErr := layer.Apply(ctx, src, j.layer.Desc.MediaType, emit, j.by.p.opts.Limits)
+	if applyErr != nil && src.failed() {
+		return applyErr
+	}
+	// Whether the archive is bad or its bytes were changed on the way shows only at the end of the blob.
+	if err := src.drain(ctx); err != nil {
+		return err
+	}
+	if applyErr != nil {
+		return applyErr
+	}
+	if res.DiffID != j.layer.DiffID {
+		return fmt.Errorf("the archive's uncompressed digest is %s and the image config promises %s; the image is broken, its author must rebuild it: %w", res.DiffID, j.layer.DiffID, errdefs.ErrFailedPrecondition)
+	}
+	if rd.synced, err = emit.Sync(); err != nil {
+		return err
+	}
+	rd.active, rd.result = j.active, res
+	return nil
+}
+
+// commit queues the layer behind its parent.
+func (j *job) commit(ctx context.Context, rd *ready) error {
+	if err := j.waitParent(ctx, false); err != nil {
+		if rd.writer != nil {
+			rd.writer.Close()
+		}
+		return err
+	}
+	j.report(Event{Stage: StageCommit, Desc: j.layer.Desc, Offset: j.layer.Desc.Size})
+	err := j.by.ready.commit(rd)
+	if err != nil && rd.writer != nil {
+		rd.writer.Close()
+	}
+	return err
+}
+
+// waitParent waits until the layer below is committed or, when a batch may
+// hold both, at least queued in the same committer.
+func (j *job) waitParent(ctx context.Context, committed bool) error {
+	p := j.parent
+	if p == nil {
+		return nil
+	}
+	wait := p.queued
+	if committed || p.by != j.by {
+		wait = p.done
+	}
+	select {
+	case <-wait:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	select {
+	case <-p.done:
+		if p.err != nil {
+			return fmt.Errorf("the layer below: %w", p.err)
+		}
+	default:
+	}
+	return nil
+}

@@ -1,0 +1,401 @@
+// Package pull makes a remote image local: resolve, fetch, unpack, record.
+//
+// One pull makes few transactions, each of which may be shared with other
+// pulls (for an image of one layer four in meta.db and two in metadata.db):
+//
+//	T1  the lease, and the ingest of the root document        start
+//	T2  the other ingests, and the active snapshots           claim
+//	T3  blobs and committed snapshots, as they are synced     committer
+//	T4  documents, image name, end of the lease               record
+//
+// Layers are jobs that belong to nobody: pulls that need the same layer at the
+// same time join one job, and it ends early only when all of them have left.
+package pull
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/holdfast-dev/holdfast/internal/image"
+	"github.com/holdfast-dev/holdfast/internal/layer"
+	"github.com/holdfast-dev/holdfast/internal/meta"
+	"github.com/holdfast-dev/holdfast/internal/oci"
+	"github.com/holdfast-dev/holdfast/internal/registry"
+)
+
+// Lease times and labels.
+const (
+	leaseFor    = 24 * time.Hour
+	labelExpire = "containerd.io/gc.expire"
+	labelRef    = "io.holdfast/pull.ref" // on a pull's lease: what it pulls
+)
+
+// maxClaims bounds how often a pull takes over from others that failed.
+const maxClaims = 3
+
+// Options of a Puller. The zero value works.
+type Options struct {
+	Snapshotter string       // driver for pulls that name none; default "overlayfs"
+	Downloads   int          // layers of one pull that are fetched at once; default 3
+	Limits      layer.Limits // bounds on each layer's archive
+	UserXattr   bool         // overlay marks in the user.* namespace: the daemon runs in a user namespace
+	Log         *slog.Logger // default: discard
+}
+
+// Request says how one image is to be pulled. The zero value works.
+type Request struct {
+	Snapshotter string // default: the Puller's
+	Platform    string // `os/arch[/variant]`; default: this machine's
+	Labels      map[string]string
+	NoUnpack    bool // fetch all layers and leave them packed
+	Session     registry.Session
+	Progress    func(Event) // called from several goroutines; must not block
+}
+
+// Disk makes what was written to one file system durable. Begin is called
+// before the first write; the returned func syncs and reports every
+// write-back error since.
+type Disk interface {
+	Begin() (sync func(context.Context) error)
+}
+
+// Remote opens the repository that an image reference names, and returns the
+// host and path by which blobs remember where they came from.
+type Remote func(reference string, s registry.Session) (repo *registry.Repository, host, path string, err error)
+
+// Puller makes remote images local.
+type Puller struct {
+	db     *meta.DB
+	remote Remote
+	disks  []Disk
+	opts   Options
+
+	jobs   sync.WaitGroup
+	mu     sync.Mutex
+	layers map[layerKey]*job
+	live   map[string]int // leases in use: by a pull, and by each job that it started
+	closed bool
+}
+
+// New makes a Puller. disks are the file systems that content and snapshots
+// lie on.
+func New(db *meta.DB, remote Remote, disks []Disk, opts Options) *Puller {
+	if opts.Snapshotter == "" {
+		opts.Snapshotter = "overlayfs"
+	}
+	if opts.Downloads <= 0 {
+		opts.Downloads = 3
+	}
+	if opts.Log == nil {
+		opts.Log = slog.New(slog.DiscardHandler)
+	}
+	return &Puller{db: db, remote: remote, disks: disks, opts: opts,
+		layers: make(map[layerKey]*job), live: make(map[string]int)}
+}
+
+// Close ends the layers that are still being fetched and waits for them. The
+// pulls that wait for them fail.
+func (p *Puller) Close() error {
+	p.mu.Lock()
+	p.closed = true
+	for _, j := range p.layers {
+		j.cancel(errors.New("the daemon is stopping"))
+	}
+	p.mu.Unlock()
+	p.jobs.Wait()
+	return nil
+}
+
+// Pull makes the image that reference names local in the namespace of sp:
+// afterwards its documents and layers, its snapshots and its name are durable.
+// A failed or killed pull keeps what it has fetched under a lease that expires
+// after a day, and the next pull of the image resumes from it; only a full disk
+// gives everything back at once. Errors are errdefs kinds.
+func (p *Puller) Pull(ctx context.Context, sp meta.Space, reference string, req Request) (img meta.Image, err error) {
+	r, err := p.newRun(sp, reference, req)
+	if err != nil {
+		return meta.Image{}, fmt.Errorf("pull %s: %w", reference, err)
+	}
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("pull %s: %w", reference, err)
+		}
+	}()
+	r.report(Event{Stage: StageResolving})
+	target, err := r.repo.Resolve(ctx)
+	if err != nil {
+		return meta.Image{}, err
+	}
+	r.report(Event{Stage: StageResolved, Desc: target})
+	if err := r.start(ctx, target); err != nil {
+		return meta.Image{}, err
+	}
+	defer r.end(&err)
+	plan, err := image.Load(ctx, r.docs, target, r.platform)
+	if err != nil {
+		return meta.Image{}, err
+	}
+	if err := r.layers(ctx, plan); err != nil {
+		return meta.Image{}, err
+	}
+	return r.record(ctx, plan)
+}
+
+// run is the state of one pull.
+type run struct {
+	p         *Puller
+	sp        meta.Space // leased
+	snaps     meta.Snapshots
+	reference string
+	req       Request
+	platform  oci.Matcher
+	repo      *registry.Repository
+	host      string // these two name the source in labels
+	path      string
+	docs      *documents
+	slots     chan struct{}
+	syncs     []func(context.Context) error
+	ready     committer
+	claimed   bool // T2 is through: there may be bytes worth keeping
+}
+
+func (p *Puller) newRun(sp meta.Space, reference string, req Request) (*run, error) {
+	if req.Snapshotter == "" {
+		req.Snapshotter = p.opts.Snapshotter
+	}
+	r := &run{p: p, reference: reference, req: req, slots: make(chan struct{}, p.opts.Downloads)}
+	var err error
+	if r.platform, err = oci.ParsePlatform(req.Platform); err != nil {
+		return nil, err
+	}
+	if r.repo, r.host, r.path, err = p.remote(reference, req.Session); err != nil {
+		return nil, err
+	}
+	r.sp = sp.Leased(fmt.Sprintf("pull-%d-%s", time.Now().UnixNano(), rand.Text()[:8]))
+	if r.snaps, err = r.sp.Snapshots(req.Snapshotter); err != nil {
+		return nil, err
+	}
+	r.docs = &documents{sp: r.sp, repo: r.repo, docs: map[string][]byte{}}
+	r.ready.run = r
+	for _, d := range p.disks {
+		r.syncs = append(r.syncs, d.Begin())
+	}
+	return r, nil
+}
+
+// start is T1: from here on the root document may lie on disk (inv 3).
+func (r *run) start(ctx context.Context, target oci.Descriptor) error {
+	if err := oci.Check(target); err != nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if target.Size > oci.MaxDocument {
+		return fmt.Errorf("%s has %d bytes, more than a document may have: %w", target.Digest, target.Size, errdefs.ErrInvalidArgument)
+	}
+	r.p.mu.Lock()
+	closed := r.p.closed
+	r.p.live[r.sp.Lease()]++
+	r.p.mu.Unlock()
+	if closed {
+		return fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable)
+	}
+	return r.sp.Update(ctx, func(tx *meta.Tx) error {
+		_, err := tx.CreateLease(meta.Lease{ID: r.sp.Lease(), Labels: map[string]string{
+			labelExpire: time.Now().Add(leaseFor).UTC().Format(time.RFC3339),
+			labelRef:    r.reference,
+		}})
+		if err != nil {
+			return err
+		}
+		return r.holdBlob(tx, target)
+	})
+}
+
+// holdBlob leases a blob that the namespace has, or records the ingest of one
+// that it hasn't.
+func (r *run) holdBlob(tx *meta.Tx, desc oci.Descriptor) error {
+	err := tx.LeaseBlob(desc.Digest)
+	if errdefs.IsNotFound(err) {
+		return tx.AddIngest(oci.Key(desc), desc.Digest)
+	}
+	return err
+}
+
+// end settles what a failed pull leaves. Its lease stays, so that what was
+// fetched can be resumed, unless nothing was or the disk is full.
+func (r *run) end(err *error) {
+	r.docs.close()
+	r.p.mu.Lock()
+	inUse := r.p.letGo(r.sp.Lease())
+	r.p.mu.Unlock()
+	full := errors.Is(*err, syscall.ENOSPC) || errors.Is(*err, syscall.EDQUOT)
+	if *err == nil || inUse || r.claimed && !full {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if e := r.sp.DeleteLease(ctx, r.sp.Lease()); e != nil && !errdefs.IsNotFound(e) {
+		*err = errors.Join(*err, e)
+		return
+	}
+	if full {
+		if _, e := r.p.db.Collect(ctx); e != nil {
+			*err = errors.Join(*err, e)
+		}
+		*err = fmt.Errorf("no space left on the disk that keeps the images; free some (`holdfast rmi IMAGE`) and pull again: %w", *err)
+	}
+}
+
+// letGo ends one use of a lease and reports whether others go on. p.mu is held.
+func (p *Puller) letGo(lease string) (inUse bool) {
+	p.live[lease]--
+	if p.live[lease] <= 0 {
+		delete(p.live, lease)
+		return false
+	}
+	return true
+}
+
+// layers makes every layer of the plan a snapshot, by its own jobs and those
+// of others. When another pull's job fails, or ends because that pull did,
+// this one takes the layer over.
+func (r *run) layers(ctx context.Context, plan image.Image) error {
+	for n := 1; ; n++ {
+		jobs, err := r.claim(ctx, plan)
+		if err != nil {
+			return err
+		}
+		foreign, err := r.wait(ctx, jobs)
+		if err == nil || !foreign || n == maxClaims || ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+// wait returns when all jobs are done or one has failed, and has left them
+// all; those that nobody else wants have then stopped. foreign says that a job
+// led by another pull failed.
+func (r *run) wait(ctx context.Context, jobs []*claim) (foreign bool, err error) {
+	defer func() {
+		for _, c := range jobs {
+			if last := c.job.leave(c); last && c.led {
+				defer func() { <-c.job.done }()
+			}
+		}
+	}()
+	for _, c := range jobs {
+		select {
+		case <-c.job.done:
+			if c.job.err != nil {
+				return !c.led, c.job.err
+			}
+		case <-ctx.Done():
+			return false, context.Cause(ctx)
+		}
+	}
+	return false, nil
+}
+
+// record is T4: the documents, whose bytes are synced one by one, the image's
+// name, and the end of this pull's lease and of those that earlier, failed
+// pulls of the same image have left.
+func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) {
+	sealed, release, err := r.docs.seal(ctx)
+	defer release()
+	if err != nil {
+		return meta.Image{}, err
+	}
+	stale, err := r.staleLeases(ctx)
+	if err != nil {
+		return meta.Image{}, err
+	}
+	var img meta.Image
+	err = r.sp.Update(ctx, func(tx *meta.Tx) error {
+		for _, s := range sealed {
+			if err := tx.RecordBlob(s, nil); err != nil {
+				return err
+			}
+		}
+		if err := r.labelDocuments(tx, plan); err != nil {
+			return err
+		}
+		img, err = tx.PutImage(meta.Image{Name: r.reference, Target: plan.Target(), Labels: r.req.Labels})
+		if err != nil {
+			return err
+		}
+		for _, id := range append(stale, r.sp.Lease()) {
+			if err := tx.DeleteLease(id); err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err == nil {
+		r.report(Event{Stage: StageDone, Desc: plan.Target()})
+	}
+	return img, err
+}
+
+// labelDocuments ties the image's documents to what they need, and to where
+// they came from.
+func (r *run) labelDocuments(tx *meta.Tx, plan image.Image) error {
+	for _, desc := range append(plan.Path, plan.Config) {
+		labels := r.sourceLabel(tx, desc)
+		children, err := image.Children(desc.MediaType, r.docs.docs[desc.Digest.String()])
+		if err != nil {
+			return err
+		}
+		for k, v := range oci.ChildLabels(children) {
+			labels[k] = v
+		}
+		if desc.Digest == plan.Config.Digest && plan.TopChain() != "" && !r.req.NoUnpack {
+			if err := tx.LeaseSnapshot(r.snaps.Driver(), plan.TopChain().String()); err != nil {
+				return err
+			}
+			labels[oci.LabelSnapshot+r.snaps.Driver()] = plan.TopChain().String()
+		}
+		if err := tx.SetBlobLabels(desc.Digest, labels); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// sourceLabel adds this pull's repository to those that a blob is known to
+// come from.
+func (r *run) sourceLabel(tx *meta.Tx, desc oci.Descriptor) map[string]string {
+	labels := map[string]string{}
+	old := ""
+	if b, err := tx.Blob(desc.Digest); err == nil {
+		old = b.Labels[oci.LabelSource+r.host]
+	}
+	if key, list, ok := oci.SourceLabel(r.host, old, r.path); ok {
+		labels[key] = list
+	}
+	return labels
+}
+
+// staleLeases finds the leases of earlier pulls of this image that didn't end
+// well: what they hold is now held by the image.
+func (r *run) staleLeases(ctx context.Context) ([]string, error) {
+	all, err := r.sp.Leases(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r.p.mu.Lock()
+	defer r.p.mu.Unlock()
+	var ids []string
+	for _, l := range all {
+		if l.Labels[labelRef] == r.reference && r.p.live[l.ID] == 0 {
+			ids = append(ids, l.ID)
+		}
+	}
+	return ids, nil
+}

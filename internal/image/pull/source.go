@@ -1,0 +1,208 @@
+package pull
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
+
+	"github.com/holdfast-dev/holdfast/internal/content"
+	"github.com/holdfast-dev/holdfast/internal/meta"
+	"github.com/holdfast-dev/holdfast/internal/oci"
+	"github.com/holdfast-dev/holdfast/internal/registry"
+)
+
+// source reads a layer's compressed bytes from the first to the last: those
+// that an earlier pull has left in the ingest, then those that come from the
+// registry, which it writes to the ingest as they go by.
+type source struct {
+	job    *job
+	writer *meta.Writer    // nil when the store has the blob already
+	kept   *content.Reader // what was there; nil when nothing was
+	body   *registry.Blob  // opened when the kept bytes are read
+	ctx    context.Context // of the fetch, which outlives the call that opened it
+	offset int64           // bytes read so far
+	here   int64           // bytes that were kept
+	err    error           // why reading or writing failed
+}
+
+// lied says that all of a blob has come, and is another one.
+type lied struct {
+	host string
+	err  error
+}
+
+func (l *lied) Error() string { return l.err.Error() }
+func (l *lied) Unwrap() error { return l.err }
+
+// openWriter opens the ingest of desc; errdefs.ErrAlreadyExists says that the
+// namespace has it, and that it is leased now.
+func openWriter(ctx context.Context, sp meta.Space, desc oci.Descriptor) (*meta.Writer, error) {
+	return sp.OpenWriter(ctx, oci.Key(desc), meta.WriterOptions{Total: desc.Size, Expected: desc.Digest})
+}
+
+func (j *job) openSource(ctx context.Context) (*source, error) {
+	s := &source{job: j, ctx: ctx}
+	desc := j.layer.Desc
+	w, err := openWriter(ctx, j.by.sp, desc)
+	if errdefs.IsAlreadyExists(err) {
+		s.kept, err = j.by.sp.Reader(ctx, desc.Digest)
+		s.here = desc.Size
+		return s, err
+	}
+	if err != nil {
+		return nil, err
+	}
+	s.writer = w
+	st, err := w.Status()
+	if err == nil && st.Offset > desc.Size {
+		st.Offset, err = 0, w.Truncate(0)
+	}
+	if err == nil && st.Offset > 0 {
+		s.here = st.Offset
+		s.kept, err = w.Data()
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// Read implements io.Reader.
+func (s *source) Read(p []byte) (int, error) {
+	if s.err != nil {
+		return 0, s.err
+	}
+	if err := context.Cause(s.ctx); err != nil {
+		s.err = err
+		return 0, err
+	}
+	size := s.job.layer.Desc.Size
+	if s.offset < s.here {
+		n, err := s.kept.ReadAt(p[:min(int64(len(p)), s.here-s.offset)], s.offset)
+		s.offset += int64(n)
+		if n > 0 {
+			return n, nil
+		}
+		s.err = fmt.Errorf("read what was fetched earlier: %w", err)
+		return 0, s.err
+	}
+	if s.offset == size {
+		return 0, io.EOF
+	}
+	n, err := s.fetch(p)
+	if err != nil && n == 0 {
+		s.err = err
+		return 0, err
+	}
+	return n, nil
+}
+
+// fetch reads the next bytes from the registry and keeps them.
+func (s *source) fetch(p []byte) (int, error) {
+	desc := s.job.layer.Desc
+	if s.body == nil {
+		var err error
+		if s.body, err = s.job.by.repo.Fetch(s.ctx, desc, s.offset); err != nil {
+			return 0, err
+		}
+	}
+	n, err := s.body.Read(p[:min(int64(len(p)), desc.Size-s.offset)])
+	if n > 0 {
+		if _, err := s.writer.Write(p[:n]); err != nil {
+			return 0, fmt.Errorf("keep fetched bytes: %w", err)
+		}
+		s.offset += int64(n)
+		s.job.report(Event{Stage: StageFetching, Desc: desc, Offset: s.offset})
+		return n, nil
+	}
+	if err == nil || err == io.EOF {
+		err = io.ErrUnexpectedEOF
+	}
+	return 0, fmt.Errorf("%s: %w", s.body.Host(), err)
+}
+
+// failed reports whether an error came from this side, and not from what the
+// bytes mean.
+func (s *source) failed() bool { return s.err != nil }
+
+// drain reads what is left and verifies the whole blob (inv 8). When the
+// bytes are not what the descriptor promises they are thrown away: the error
+// is a *lied if it may be worth asking another host.
+func (s *source) drain(ctx context.Context) error {
+	if _, err := io.Copy(io.Discard, onlyReader{s}); err != nil {
+		return err
+	}
+	desc := s.job.layer.Desc
+	s.job.report(Event{Stage: StageUnpacking, Desc: desc, Offset: desc.Size})
+	if s.writer == nil {
+		return nil // a committed blob is verified
+	}
+	got := s.writer.Digest()
+	if desc.Digest.Algorithm() != got.Algorithm() {
+		return nil // the content store checks it when it seals the blob
+	}
+	if got == desc.Digest {
+		return nil
+	}
+	return s.reject(got)
+}
+
+func (s *source) reject(got digest.Digest) error {
+	host := "an earlier, interrupted pull"
+	if s.body != nil {
+		host = s.body.Host()
+	}
+	err := lie(host, s.job.layer.Desc.Digest, got)
+	if e := s.writer.Truncate(0); e != nil {
+		return errors.Join(err, e)
+	}
+	if s.body == nil {
+		host = ""
+	}
+	return &lied{host, err}
+}
+
+type onlyReader struct{ io.Reader }
+
+// rewind starts again at the first byte of a blob that is all here.
+func (s *source) rewind() error {
+	if s.kept == nil {
+		var err error
+		if s.kept, err = s.writer.Data(); err != nil {
+			return err
+		}
+	} else if s.here < s.job.layer.Desc.Size {
+		s.kept.Close()
+		var err error
+		if s.kept, err = s.writer.Data(); err != nil {
+			return err
+		}
+	}
+	s.offset, s.here = 0, s.job.layer.Desc.Size
+	return nil
+}
+
+// release closes everything but the writer, which the committer needs.
+func (s *source) release() {
+	if s.kept != nil {
+		s.kept.Close()
+		s.kept = nil
+	}
+	if s.body != nil {
+		s.body.Close()
+		s.body = nil
+	}
+}
+
+// close lets go of everything; what was fetched stays for the next pull.
+func (s *source) close() error {
+	s.release()
+	if s.writer == nil {
+		return nil
+	}
+	return s.writer.Close()
+}
