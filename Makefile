@@ -1,0 +1,64 @@
+# make             builds, vets, lints and runs the unit tests
+# make quickstart  installs what is missing and shows a first pull
+# make test        installs what is missing and runs every test
+# make e2e, make crash, make bench    one suite each
+#
+# Arguments for `go test`, such as V=-v, go in V.
+
+export PATH := $(CURDIR)/.tools/go/bin:$(PATH)
+export GOTOOLCHAIN := local
+export CGO_ENABLED := 0
+export HOLDFAST_PEER_DIR ?= $(CURDIR)/.tools/bin
+
+V ?=
+UNIT := ./cmd/... ./internal/... ./proto/...
+
+.PHONY: all build vet lint unit e2e compat crash bench setup quickstart test arm64 clean
+
+all: build vet lint unit
+
+build:
+	go build -o bin/ ./cmd/...
+
+vet:
+	go vet ./...
+	go vet -tags fault ./...
+	cd test/compat && go vet ./...
+
+lint:
+	@unformatted=$$(gofmt -l cmd internal proto test); if [ -n "$$unformatted" ]; then echo "gofmt -w is needed on:" $$unformatted; exit 1; fi
+	.tools/bin/staticcheck ./...
+
+unit:
+	go test $(V) $(UNIT)
+
+e2e:
+	go test $(V) -count=1 -timeout 15m ./test/harness/... ./test/e2e/...
+
+compat:
+	cd test/compat && go test $(V) -count=1 -timeout 15m ./...
+
+crash:
+	go test $(V) -count=1 -timeout 15m -tags fault ./test/crash/...
+
+bench:
+	go test -run '^$$' -bench . -benchmem $(UNIT)
+
+setup:
+	HOLDFAST_PEER_DIR= scripts/setup test
+
+quickstart:
+	scripts/setup run
+	$(MAKE) --no-print-directory build
+	scripts/quickstart
+
+test: setup
+	$(MAKE) --no-print-directory build vet lint
+	$(MAKE) --no-print-directory unit e2e compat crash
+
+arm64:
+	GOARCH=arm64 go build ./...
+	GOARCH=arm64 go vet ./...
+
+clean:
+	rm -rf bin
