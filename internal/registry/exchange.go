@@ -1,0 +1,263 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+// Limits of one exchange.
+const (
+	maxRedirects = 10
+	maxDrain     = 64 << 10 // bytes of an unwanted body that are read so that its connection can be used again
+)
+
+// query is what is asked of an endpoint.
+type query struct {
+	method string
+	path   string // below the API root, unescaped: "<name>/blobs/<digest>"
+	accept string
+	offset int64 // where the bytes wanted begin; a Range header if not 0
+	tag    bool  // the answer is believed without a digest, so TLS must not be lost on the way to it
+}
+
+var (
+	errStalled     = errors.New("no byte arrived")
+	errUnreachable = errors.New("no connection")
+)
+
+// answer is a response whose body is watched. Close it.
+type answer struct {
+	*http.Response
+	served string // the host that sent it, after redirects
+	body   *watchedBody
+}
+
+// exchange sends q to ep once and follows redirects. The error is errUnreachable if there was no connection, and
+// errStalled if there was one and nothing came. Nothing that is for ep alone (logins, headers, client certificates)
+// goes to another host.
+func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answer, error) {
+	if ep.broken != nil {
+		return nil, fmt.Errorf("%w: %w", errUnreachable, ep.broken)
+	}
+	c := r.client
+	u := ep.url(q.path, c.isPlain(ep.Host.Host))
+	home := *u
+	for hop := 0; ; hop++ {
+		atHome := u.Scheme == home.Scheme && strings.EqualFold(u.Host, home.Host)
+		req, err := r.request(ctx, ep, q, u, atHome)
+		if err != nil {
+			return nil, err
+		}
+		pool := ep.transport.home
+		if !atHome {
+			pool = ep.transport.away
+		}
+		a, err := c.roundTrip(req, pool, ep.dial)
+		if err != nil && atHome && u.Scheme == "https" && ep.TriesTLSFirst() && isPlainHTTP(err, u) {
+			c.setPlain(ep.Host.Host)
+			u = ep.url(q.path, true)
+			home = *u
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		c.warnings(a)
+		next, err := redirectTarget(a)
+		if err != nil || next == nil {
+			if err != nil {
+				a.Close()
+				return nil, err
+			}
+			return a, nil
+		}
+		a.Close()
+		if hop == maxRedirects {
+			return nil, fmt.Errorf("more than %d redirects", maxRedirects)
+		}
+		if q.tag && u.Scheme == "https" && next.Scheme != "https" {
+			return nil, fmt.Errorf("redirects to %s without TLS, which could name any image", next.Host)
+		}
+		u = next
+	}
+}
+
+// request builds q for u.
+func (r *Repository) request(ctx context.Context, ep *endpoint, q query, u *url.URL, atHome bool) (*http.Request, error) {
+	req, err := http.NewRequestWithContext(ctx, q.method, u.String(), nil)
+	if err != nil {
+		return nil, withoutURL(err)
+	}
+	req.Header.Set("User-Agent", r.client.opts.UserAgent)
+	if atHome {
+		for key, values := range ep.header {
+			if strings.EqualFold(key, "Host") && len(values) > 0 {
+				req.Host = values[0] // net/http takes it from nowhere else
+				continue
+			}
+			if canonical := http.CanonicalHeaderKey(key); canonical == "User-Agent" {
+				req.Header.Del(canonical)
+			}
+			req.Header[key] = append([]string(nil), values...)
+		}
+	}
+	if atHome && ep.foreign == nil {
+		if err := r.auth.Authorize(ctx, req, r.scope); err != nil {
+			return nil, &loginError{err}
+		}
+	}
+	if q.accept != "" {
+		req.Header.Set("Accept", q.accept)
+	}
+	// Another encoding would make offsets and sizes mean something else.
+	req.Header.Set("Accept-Encoding", "identity")
+	if q.offset > 0 {
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", q.offset))
+	}
+	return req, nil
+}
+
+// loginError is a failure to obtain what the endpoint wants to see.
+type loginError struct{ error }
+
+func (e *loginError) Unwrap() error { return e.error }
+
+// roundTrip sends one request under a watchdog: the connection must stand within dial, and afterwards no Stall may
+// pass without a sign of life.
+func (c *Client) roundTrip(req *http.Request, pool *http.Transport, dial time.Duration) (*answer, error) {
+	parent := req.Context()
+	ctx, cancel := context.WithCancelCause(parent)
+	dog := &watchdog{cancel: cancel}
+	dog.timer = time.AfterFunc(dial, func() { dog.bite(dial) })
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) {
+		dog.connected.Store(true)
+		dog.timer.Reset(c.opts.Stall)
+	}})
+	start := time.Now()
+	resp, err := pool.RoundTrip(req.WithContext(ctx))
+	dog.timer.Stop()
+	status := 0
+	if err != nil {
+		err = dog.explain(parent, ctx, withoutURL(err), c.opts.Stall)
+		cancel(nil)
+	} else {
+		status = resp.StatusCode
+	}
+	if hook := c.opts.Hooks.Request; hook != nil {
+		hook(req.URL.Host, req.Method, req.URL.Path, status, time.Since(start), err)
+	}
+	if err != nil {
+		return nil, err
+	}
+	body := &watchedBody{from: resp.Body, dog: dog, stall: c.opts.Stall, parent: parent, ctx: ctx}
+	return &answer{Response: resp, served: req.URL.Host, body: body}, nil
+}
+
+// watchdog ends a request that shows no sign of life.
+type watchdog struct {
+	cancel    context.CancelCauseFunc
+	timer     *time.Timer
+	connected atomic.Bool
+}
+
+func (d *watchdog) bite(dial time.Duration) {
+	if d.connected.Load() {
+		d.cancel(errStalled)
+	} else {
+		d.cancel(fmt.Errorf("%w within %s", errUnreachable, dial))
+	}
+}
+
+// explain yields why a request really ended: the caller's wish, the dog, or else what the transport says.
+func (d *watchdog) explain(parent, ctx context.Context, err error, stall time.Duration) error {
+	switch cause := context.Cause(ctx); {
+	case parent.Err() != nil:
+		return context.Cause(parent)
+	case errors.Is(cause, errStalled):
+		return fmt.Errorf("%w for %s", errStalled, stall)
+	case errors.Is(cause, errUnreachable):
+		return cause
+	case !d.connected.Load():
+		return fmt.Errorf("%w: %w", errUnreachable, err)
+	}
+	return err
+}
+
+// watchedBody reads a response body. The watchdog is awake only while a Read waits: a consumer may take its time.
+type watchedBody struct {
+	from   io.ReadCloser
+	dog    *watchdog
+	stall  time.Duration
+	parent context.Context
+	ctx    context.Context
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	b.dog.timer.Reset(b.stall)
+	n, err := b.from.Read(p)
+	b.dog.timer.Stop()
+	if err != nil && err != io.EOF {
+		err = b.dog.explain(b.parent, b.ctx, err, b.stall)
+	}
+	return n, err
+}
+
+// Close ends the exchange. A body that is nearly through is read up, so that the connection lives on.
+func (a *answer) Close() error {
+	if a.Request.Method != http.MethodHead && a.ContentLength >= 0 && a.ContentLength <= maxDrain {
+		io.Copy(io.Discard, io.LimitReader(a.body, maxDrain))
+	}
+	err := a.body.from.Close()
+	a.body.dog.timer.Stop()
+	a.body.dog.cancel(nil)
+	return err
+}
+
+// redirectTarget yields where a says to go instead, or nil.
+func redirectTarget(a *answer) (*url.URL, error) {
+	switch a.StatusCode {
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+	default:
+		return nil, nil
+	}
+	u, err := a.Location()
+	if err != nil {
+		return nil, fmt.Errorf("redirects nowhere: %w", errdefs.ErrUnknown)
+	}
+	if u.Scheme != "http" && u.Scheme != "https" || u.Host == "" {
+		return nil, fmt.Errorf("redirects to a %q URL: %w", u.Scheme, errdefs.ErrInvalidArgument)
+	}
+	u.User = nil
+	return u, nil
+}
+
+// warnings passes on what the registry has to say to people (the distribution specification's Warning header).
+func (c *Client) warnings(a *answer) {
+	if c.opts.Hooks.Warning == nil {
+		return
+	}
+	const most = 8
+	for i, w := range a.Header.Values("Warning") {
+		if rest, ok := strings.CutPrefix(w, `299 - "`); ok && i < most {
+			c.opts.Hooks.Warning(a.served, printable(strings.ReplaceAll(strings.TrimSuffix(rest, `"`), `\"`, `"`)))
+		}
+	}
+}
+
+// withoutURL drops the URL that net/http quotes in errors: after a redirect its query may hold a signature.
+func withoutURL(err error) error {
+	if u, ok := errors.AsType[*url.Error](err); ok {
+		return u.Err
+	}
+	return err
+}
