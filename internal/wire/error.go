@@ -1,0 +1,54 @@
+// Package wire converts errors, mounts, times and Any values to and from protobuf.
+//
+// It is where kinds of failure become status codes and back, and nothing else
+// of ours knows either. The shapes are those of containerd's API.
+package wire
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"google.golang.org/grpc/status"
+)
+
+// MaxMessage is the longest message, in bytes, that an error is sent with. It
+// travels in an HTTP header, and headers are small.
+const MaxMessage = 4 << 10
+
+// Error makes of err what a gRPC server returns: the status code of its kind
+// (errdefs, a context's end, a full disk), its message, and the other errors
+// that are joined to it as details. Any other error is Unknown; nil is nil.
+func Error(err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(errdefs.Resolve(err), errdefs.ErrUnknown) && (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) {
+		err = fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
+	}
+	st, _ := status.FromError(errgrpc.ToGRPC(err))
+	msg := shorten(strings.ToValidUTF8(st.Message(), "\uFFFD"))
+	if msg == st.Message() {
+		return st.Err()
+	}
+	return status.Error(st.Code(), msg) // details repeat parts of the message
+}
+
+// shorten takes the middle out of a long message. The end stays, since clients
+// tell some kinds apart by it.
+func shorten(msg string) string {
+	if len(msg) <= MaxMessage {
+		return msg
+	}
+	const tail, gap = MaxMessage / 4, " ... "
+	head := MaxMessage - tail - len(gap)
+	return strings.ToValidUTF8(msg[:head], "") + gap + strings.ToValidUTF8(msg[len(msg)-tail:], "")
+}
+
+// FromError makes of what a gRPC call returned the error that the server
+// meant: it is of errdefs' kind, or context.Canceled or
+// context.DeadlineExceeded, and has the server's message. nil is nil.
+func FromError(err error) error { return errgrpc.ToNative(err) }
