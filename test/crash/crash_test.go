@@ -32,7 +32,6 @@ var (
 
 func TestMain(m *testing.M) {
 	forgetful.Main()
-	flag.Parse()
 	os.Exit(harness.Run(m))
 }
 

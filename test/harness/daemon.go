@@ -34,6 +34,7 @@ const (
 	startTimeout = 30 * time.Second
 	stopTimeout  = 30 * time.Second
 	ctlTimeout   = 2 * time.Minute
+	deathGrace   = 5 * time.Second // for a command to notice that the daemon is dead
 )
 
 // Daemon is one running holdfastd.
@@ -137,7 +138,7 @@ func (d *Daemon) dial() error {
 		return err
 	}
 	d.Conn = conn
-	ctx, cancel := d.alive(startTimeout)
+	ctx, cancel := d.alive(startTimeout, 0)
 	defer cancel()
 	reply, err := grpc_health_v1.NewHealthClient(conn).Check(ctx, new(grpc_health_v1.HealthCheckRequest), grpc.WaitForReady(true))
 	switch {
@@ -151,13 +152,13 @@ func (d *Daemon) dial() error {
 	return nil
 }
 
-// alive returns a context that ends with the daemon.
-func (d *Daemon) alive(timeout time.Duration) (context.Context, context.CancelFunc) {
+// alive returns a context that ends with the daemon, or grace later.
+func (d *Daemon) alive(timeout, grace time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	go func() {
 		select {
 		case <-d.done:
-			cancel()
+			time.AfterFunc(grace, cancel)
 		case <-ctx.Done():
 		}
 	}()
@@ -165,16 +166,20 @@ func (d *Daemon) alive(timeout time.Duration) (context.Context, context.CancelFu
 }
 
 // Ctl runs the command line against the daemon. It returns what it printed;
-// an exit code other than 0 is an error that holds the output.
+// an exit code other than 0 is an error that holds the output. A command that doesn't
+// notice the daemon's death in time is killed.
 func (d *Daemon) Ctl(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), ctlTimeout)
+	ctx, cancel := d.alive(ctlTimeout, deathGrace)
 	defer cancel()
 	var out bytes.Buffer
 	all := new(logBuffer)
 	cmd := exec.CommandContext(ctx, d.bin.CLI, append([]string{"--address", d.Socket}, args...)...)
 	cmd.Stdout = io.MultiWriter(&out, all)
 	cmd.Stderr = all
-	if err := cmd.Run(); err != nil {
+	err := cmd.Run()
+	if err != nil && ctx.Err() != nil {
+		return out.String(), fmt.Errorf("holdfast %q hangs (daemon dead: %t): %w\n%s", args, d.Dead(), err, all)
+	} else if err != nil {
 		return out.String(), fmt.Errorf("holdfast %q: %w\n%s", args, err, all)
 	}
 	return out.String(), nil

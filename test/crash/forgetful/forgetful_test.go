@@ -12,18 +12,13 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-dev/holdfast/test/harness"
 )
 
 func TestMain(m *testing.M) {
 	Main()
-	os.Exit(m.Run())
-}
-
-func needRoot(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("mounts need root")
-	}
+	os.Exit(harness.Run(m))
 }
 
 func run(t *testing.T, name string, args ...string) {
@@ -105,7 +100,7 @@ func play(t *testing.T, disk *Disk, dir string) (h history) {
 // TestDiskForgets mounts what power cuts leave: what was fsynced is there at every one
 // that came later, what was not is lost at some.
 func TestDiskForgets(t *testing.T) {
-	needRoot(t)
+	harness.NeedRoot(t)
 	for _, fsys := range fileSystems {
 		t.Run(fsys.name, func(t *testing.T) {
 			disk := Open(t, fsys.size)
@@ -158,7 +153,7 @@ func (h history) inspect(t *testing.T, disk *Disk, fsys fileSystem, cut Cut) []b
 
 // TestSyncIsAFlush: an fsync in the file system reaches the log as a flush behind the data.
 func TestSyncIsAFlush(t *testing.T) {
-	needRoot(t)
+	harness.NeedRoot(t)
 	disk := Open(t, 16<<20)
 	dev, err := os.OpenFile(disk.Device(), os.O_RDWR, 0)
 	if err != nil {

@@ -67,7 +67,10 @@ func serve(dir string) error {
 	os.NewFile(fdReady, "ready").Close()
 	go func() {
 		os.NewFile(fdStop, "stop").Read(make([]byte, 1))
-		server.Unmount()
+		if err := server.Unmount(); err != nil {
+			fmt.Fprintf(os.Stderr, "forgetful disk: unmount %s: %v\n", dir, err)
+			os.Exit(1) // ends the connection, and every request with it
+		}
 	}()
 	server.Wait()
 	return nil
