@@ -8,9 +8,13 @@
 export PATH := $(CURDIR)/.tools/go/bin:$(PATH)
 export GOTOOLCHAIN := local
 export CGO_ENABLED := 0
+# A clone that another user owns makes git, and with it `go build`, refuse.
+export GOFLAGS := -buildvcs=false
 export HOLDFAST_PEER_DIR ?= $(CURDIR)/.tools/bin
 
 V ?=
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 UNIT := ./cmd/... ./internal/... ./proto/...
 
 .PHONY: all build vet lint unit e2e compat crash bench setup quickstart test arm64 clean
@@ -18,7 +22,7 @@ UNIT := ./cmd/... ./internal/... ./proto/...
 all: build vet lint unit
 
 build:
-	go build -o bin/ ./cmd/...
+	go build -ldflags "-X main.version=$(VERSION) -X main.revision=$(REVISION)" -o bin/ ./cmd/...
 
 vet:
 	go vet ./...

@@ -3,7 +3,6 @@ package main
 import (
 	"log/slog"
 	"os"
-	"runtime/debug"
 
 	"github.com/holdfast-dev/holdfast/internal/config"
 )
@@ -30,13 +29,4 @@ func newLogger(cfg config.Log) *slog.Logger {
 		handler = slog.NewJSONHandler(os.Stderr, opts)
 	}
 	return slog.New(handler)
-}
-
-// version is that of the module that was built: a tag, or a pseudo-version
-// that ends in the commit.
-func version() string {
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "unknown"
 }

@@ -8,13 +8,18 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
-	"strconv"
 	"syscall"
 
 	"github.com/spf13/cobra"
 
 	"github.com/holdfast-dev/holdfast/internal/config"
 	"github.com/holdfast-dev/holdfast/internal/daemon"
+)
+
+// version and revision are set by the linker.
+var (
+	version  = "dev"
+	revision = ""
 )
 
 func main() {
@@ -35,7 +40,7 @@ func command() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "holdfastd",
 		Short:         "Keeps images and runs containers, in containerd's place",
-		Version:       version(),
+		Version:       version,
 		Args:          cobra.NoArgs,
 		SilenceUsage:  true,
 		SilenceErrors: true,
@@ -60,12 +65,9 @@ func serve(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	if err := cfg.Refuse(); err != nil {
-		return err
-	}
 	log := newLogger(cfg.Log)
 	reportIneffective(log, cfg)
-	if err := prepareProcess(cfg); err != nil {
+	if err := setTemp(cfg.Temp); err != nil {
 		return err
 	}
 	signal.Ignore(syscall.SIGPIPE)
@@ -74,7 +76,7 @@ func serve(ctx context.Context, o options) error {
 	context.AfterFunc(ctx, stop)
 	defer dumpStacksOn(syscall.SIGUSR1, log)()
 
-	d, err := daemon.New(ctx, cfg, log)
+	d, err := daemon.New(ctx, cfg, daemon.Build{Version: version, Revision: revision}, log)
 	if err != nil {
 		return err
 	}
@@ -96,22 +98,15 @@ func reportIneffective(log *slog.Logger, cfg *config.Config) {
 	}
 }
 
-// prepareProcess applies what the config says about the process itself.
-func prepareProcess(cfg *config.Config) error {
-	if cfg.Temp != "" {
-		if err := os.MkdirAll(cfg.Temp, 0o700); err != nil {
-			return fmt.Errorf("make directory for temporary files: %w", err)
-		}
-		if err := os.Setenv("TMPDIR", cfg.Temp); err != nil {
-			return err
-		}
+// setTemp makes dir the place for this process' temporary files.
+func setTemp(dir string) error {
+	if dir == "" {
+		return nil
 	}
-	if cfg.OOMScore != 0 {
-		if err := os.WriteFile("/proc/self/oom_score_adj", []byte(strconv.Itoa(cfg.OOMScore)), 0); err != nil {
-			return fmt.Errorf("set oom_score %d: %w", cfg.OOMScore, err)
-		}
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make directory for temporary files: %w", err)
 	}
-	return nil
+	return os.Setenv("TMPDIR", dir)
 }
 
 // maxStacks bounds one dump of goroutines, in bytes.
@@ -127,7 +122,7 @@ func dumpStacksOn(sig os.Signal, log *slog.Logger) (stop func()) {
 		for {
 			select {
 			case <-signals:
-				log.Info("goroutines", "stacks", string(stacks()))
+				log.Error("goroutines, as asked", "stacks", string(stacks())) // at a level that is never left out
 			case <-done:
 				return
 			}

@@ -40,7 +40,7 @@ type Config struct {
 	Pull      Pull
 	Registry  Registry
 	OptPath   string        // where `ctr install` puts bin and lib
-	BoltOpen  time.Duration // how long to wait for another holder of the store; 0 waits for ever
+	BoltOpen  time.Duration // how long to wait for another holder of the store; 0 leaves it to the daemon
 	Disabled  []string      // plugin URIs that must not be offered; see Offers
 	Required  []string      // plugin URIs without which the daemon must not start; see Refuse
 	Documents []string      // the files that were read, in order; the later ones override
@@ -82,8 +82,6 @@ type GC struct {
 type Overlay struct {
 	RootPath      string   // "" = <root>/io.containerd.snapshotter.v1.overlayfs
 	UpperdirLabel bool     // show the upper directory as a snapshot label
-	SyncRemove    bool     // remove directories while Remove is called, not in the cleanup
-	SlowChown     bool     // allow the chown copy where id-mapped mounts are missing
 	MountOptions  []string // replace the options that are found by probing
 }
 

@@ -45,8 +45,6 @@ var bindings = []binding{
 	{plugin(gcScheduler, "startup_delay"), func(c *Config) any { return &c.GC.StartupDelay }},
 	{plugin(overlay, "root_path"), func(c *Config) any { return &c.Overlay.RootPath }},
 	{plugin(overlay, "upperdir_label"), func(c *Config) any { return &c.Overlay.UpperdirLabel }},
-	{plugin(overlay, "sync_remove"), func(c *Config) any { return &c.Overlay.SyncRemove }},
-	{plugin(overlay, "slow_chown"), func(c *Config) any { return &c.Overlay.SlowChown }},
 	{plugin(overlay, "mount_options"), func(c *Config) any { return &c.Overlay.MountOptions }},
 	{plugin(native, "root_path"), func(c *Config) any { return &c.Native.RootPath }},
 	{plugin(optService, "path"), func(c *Config) any { return &c.OptPath }},
