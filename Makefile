@@ -49,7 +49,7 @@ bench:
 	go test -run '^$$' -bench . -benchmem $(UNIT)
 
 setup:
-	HOLDFAST_PEER_DIR= scripts/setup test
+	scripts/setup test
 
 quickstart:
 	scripts/setup run

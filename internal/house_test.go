@@ -148,6 +148,9 @@ func (p plan) inspect(files []source) []string {
 			if i, ok := place[below]; ours && (!ok || i >= at) {
 				complain("%s: %s imports %s, which doesn't stand above it in internal/house.txt", s.file, name, below)
 			}
+			if ours && isTestSupport(below) && !isTestSupport(name) {
+				complain("%s: %s is for tests", s.file, below)
+			}
 		}
 	}
 	for _, name := range slices.Sorted(maps.Keys(documented)) {
@@ -156,6 +159,11 @@ func (p plan) inspect(files []source) []string {
 		}
 	}
 	return complaints
+}
+
+// isTestSupport is true for rooms such as snapshot/snapshottest.
+func isTestSupport(name string) bool {
+	return path.Base(name) == path.Base(path.Dir(name))+"test"
 }
 
 // check holds one file against one gate.
@@ -251,6 +259,7 @@ func TestInspect(t *testing.T) {
 floor 0 words
   low      is the lowest
   low/wire carries protobuf
+  low/lowtest tests low
 floor 1
   high     stands on low
 gates
@@ -271,6 +280,7 @@ gates
 		{"missing", "internal/new/a.go", "// Package new is new.\npackage new", "doesn't have new"},
 		{"upward", "internal/low/a.go", "// Package low is the lowest.\npackage low\nimport _ \"" + module + "/internal/high\"", "low imports high"},
 		{"itself", "internal/low/a.go", "// Package low is the lowest.\npackage low\nimport _ \"" + module + "/internal/low\"", "low imports low"},
+		{"test support", "internal/high/a.go", "// Package high stands on low.\npackage high\nimport _ \"" + module + "/internal/low/lowtest\"", "low/lowtest is for tests"},
 		{"unknown import", "internal/high/a.go", "// Package high stands on low.\npackage high\nimport _ \"" + module + "/internal/other\"", "high imports other"},
 		{"other sentence", "internal/low/a.go", "// Package low is quite low.\npackage low", `must begin "Package low is the lowest."`},
 		{"longer sentence", "internal/low/a.go", "// Package low is the lowest of all.\npackage low", "must begin"},
