@@ -5,21 +5,17 @@
 package crash
 
 import (
-	"context"
 	"errors"
 	"flag"
-	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
 	leases "github.com/containerd/containerd/api/services/leases/v1"
-	"google.golang.org/grpc/metadata"
 
 	"github.com/holdfast-dev/holdfast/test/crash/forgetful"
 	"github.com/holdfast-dev/holdfast/test/harness"
@@ -158,20 +154,6 @@ func checkEmpty(t *testing.T, d *harness.Daemon) {
 			t.Errorf("left mounted: %s", at)
 		}
 	}
-}
-
-// leased returns a context under a new lease, and a func that ends it and collects.
-func leased(ctx context.Context, d *harness.Daemon) (context.Context, func() error, error) {
-	client := leases.NewLeasesClient(d.Conn)
-	reply, err := client.Create(ctx, &leases.CreateRequest{ID: harness.LeasePrefix + strconv.FormatUint(rand.Uint64(), 36)})
-	if err != nil {
-		return nil, nil, fmt.Errorf("create a lease: %w", err)
-	}
-	end := func() error {
-		_, err := client.Delete(ctx, &leases.DeleteRequest{ID: reply.Lease.ID, Sync: true})
-		return err
-	}
-	return metadata.AppendToOutgoingContext(ctx, "containerd-lease", reply.Lease.ID), end, nil
 }
 
 func mkfs(t *testing.T, device string) {

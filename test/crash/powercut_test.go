@@ -86,10 +86,10 @@ func record(t *testing.T, reg *harness.Registry, img *harness.Image, ref string)
 	}
 	rec.done = rec.disk.Mark(t)
 	reg.Limit(0)
-	checkImage(t, d, img, ref)
-	d.Kill()
 	sync(t, dir)
 	rec.end = rec.disk.Mark(t)
+	checkImage(t, d, img, ref)
+	d.Kill()
 	return rec
 }
 

@@ -175,7 +175,7 @@ func (s *script) litter(ctx context.Context) error {
 
 // snapshots walks the life of a snapshot over the unpacked image, and writes a layer into one and makes one from it.
 func (s *script) snapshots(ctx context.Context) error {
-	ctx, end, err := leased(ctx, s.daemon)
+	ctx, end, err := s.daemon.Leased(ctx)
 	if err != nil {
 		return err
 	}
@@ -217,7 +217,7 @@ func wireDescriptor(desc ocispec.Descriptor) *types.Descriptor {
 
 // content writes a blob in two sittings, gives another up, and deletes the first.
 func (s *script) content(ctx context.Context) error {
-	ctx, end, err := leased(ctx, s.daemon)
+	ctx, end, err := s.daemon.Leased(ctx)
 	if err != nil {
 		return err
 	}

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -110,17 +112,13 @@ func (d *Daemon) Leases(t testing.TB) []*leases.Lease {
 	return reply.Leases
 }
 
-// Collect runs a collection and waits for it: it makes a lease and deletes it synchronously.
+// Collect runs a collection and waits for it.
 func (d *Daemon) Collect(ctx context.Context) error {
-	client := leases.NewLeasesClient(d.Conn)
-	reply, err := client.Create(ctx, &leases.CreateRequest{ID: LeasePrefix + "collect"})
+	_, end, err := d.Leased(ctx)
 	if err != nil {
-		return fmt.Errorf("create a lease: %w", err)
+		return err
 	}
-	if _, err := client.Delete(ctx, &leases.DeleteRequest{ID: reply.Lease.ID, Sync: true}); err != nil {
-		return fmt.Errorf("delete a lease: %w", err)
-	}
-	return nil
+	return end()
 }
 
 // Ingests returns the writes in progress or interrupted.
@@ -133,18 +131,38 @@ func (d *Daemon) Ingests(t testing.TB) []*content.Status {
 	return reply.Statuses
 }
 
+// Leased returns a context under a new lease, and a func that ends the lease and collects.
+func (d *Daemon) Leased(ctx context.Context) (context.Context, func() error, error) {
+	client := leases.NewLeasesClient(d.Conn)
+	reply, err := client.Create(ctx, &leases.CreateRequest{ID: LeasePrefix + strconv.FormatUint(rand.Uint64(), 36)})
+	if err != nil {
+		return nil, nil, fmt.Errorf("create a lease: %w", err)
+	}
+	end := func() error {
+		_, err := client.Delete(ctx, &leases.DeleteRequest{ID: reply.Lease.ID, Sync: true})
+		if err != nil {
+			return fmt.Errorf("delete a lease: %w", err)
+		}
+		return nil
+	}
+	return metadata.AppendToOutgoingContext(ctx, "containerd-lease", reply.Lease.ID), end, nil
+}
+
 // Tree mounts a committed snapshot as a container would see it, and reads it.
-func (d *Daemon) Tree(t testing.TB, snapshotter string, name string) (Tree, error) {
+func (d *Daemon) Tree(t testing.TB, snapshotter, name string) (tree Tree, err error) {
 	t.Helper()
-	ctx := Context(t)
+	ctx, end, err := d.Leased(Context(t))
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, end()) }()
 	client := snapshots.NewSnapshotsClient(d.Conn)
-	key := "view " + name
+	key := LeasePrefix + strconv.FormatUint(rand.Uint64(), 36)
 	reply, err := client.View(ctx, &snapshots.ViewSnapshotRequest{Snapshotter: snapshotter, Key: key, Parent: name})
 	if err != nil {
 		return nil, fmt.Errorf("view snapshot %s: %w", name, err)
 	}
-	tree, err := readMounted(reply.Mounts)
-	if err != nil {
+	if tree, err = readMounted(reply.Mounts); err != nil {
 		return nil, fmt.Errorf("read snapshot %s: %w", name, err)
 	}
 	if _, err := client.Remove(ctx, &snapshots.RemoveSnapshotRequest{Snapshotter: snapshotter, Key: key}); err != nil {
