@@ -430,10 +430,10 @@ func (x *PullResolved) GetTarget() *Descriptor {
 // PullLayer says how far one layer is. A client that reads slowly sees fewer
 // of these; the last one of each layer always comes.
 type PullLayer struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	Blob  *Descriptor            `protobuf:"bytes,1,opt,name=blob,proto3" json:"blob,omitempty"`
-	Stage PullLayer_Stage        `protobuf:"varint,2,opt,name=stage,proto3,enum=holdfast.v1.PullLayer_Stage" json:"stage,omitempty"`
-	// Compressed bytes that are here, of blob.size.
+	state       protoimpl.MessageState `protogen:"open.v1"`
+	Descriptor_ *Descriptor            `protobuf:"bytes,1,opt,name=descriptor,proto3" json:"descriptor,omitempty"`
+	Stage       PullLayer_Stage        `protobuf:"varint,2,opt,name=stage,proto3,enum=holdfast.v1.PullLayer_Stage" json:"stage,omitempty"`
+	// Compressed bytes that are here, of descriptor.size.
 	Offset        int64 `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -469,9 +469,9 @@ func (*PullLayer) Descriptor() ([]byte, []int) {
 	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{4}
 }
 
-func (x *PullLayer) GetBlob() *Descriptor {
+func (x *PullLayer) GetDescriptor_() *Descriptor {
 	if x != nil {
-		return x.Blob
+		return x.Descriptor_
 	}
 	return nil
 }
@@ -1231,9 +1231,11 @@ const file_holdfast_v1_holdfast_proto_rawDesc = "" +
 	"\x05event\"]\n" +
 	"\fPullResolved\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12/\n" +
-	"\x06target\x18\x02 \x01(\v2\x17.holdfast.v1.DescriptorR\x06target\"\xf2\x01\n" +
-	"\tPullLayer\x12+\n" +
-	"\x04blob\x18\x01 \x01(\v2\x17.holdfast.v1.DescriptorR\x04blob\x122\n" +
+	"\x06target\x18\x02 \x01(\v2\x17.holdfast.v1.DescriptorR\x06target\"\xfe\x01\n" +
+	"\tPullLayer\x127\n" +
+	"\n" +
+	"descriptor\x18\x01 \x01(\v2\x17.holdfast.v1.DescriptorR\n" +
+	"descriptor\x122\n" +
 	"\x05stage\x18\x02 \x01(\x0e2\x1c.holdfast.v1.PullLayer.StageR\x05stage\x12\x16\n" +
 	"\x06offset\x18\x03 \x01(\x03R\x06offset\"l\n" +
 	"\x05Stage\x12\x0f\n" +
@@ -1351,7 +1353,7 @@ var file_holdfast_v1_holdfast_proto_depIdxs = []int32{
 	5,  // 3: holdfast.v1.PullEvent.layer:type_name -> holdfast.v1.PullLayer
 	7,  // 4: holdfast.v1.PullEvent.done:type_name -> holdfast.v1.Image
 	6,  // 5: holdfast.v1.PullResolved.target:type_name -> holdfast.v1.Descriptor
-	6,  // 6: holdfast.v1.PullLayer.blob:type_name -> holdfast.v1.Descriptor
+	6,  // 6: holdfast.v1.PullLayer.descriptor:type_name -> holdfast.v1.Descriptor
 	0,  // 7: holdfast.v1.PullLayer.stage:type_name -> holdfast.v1.PullLayer.Stage
 	6,  // 8: holdfast.v1.Image.target:type_name -> holdfast.v1.Descriptor
 	17, // 9: holdfast.v1.Image.labels:type_name -> holdfast.v1.Image.LabelsEntry
