@@ -121,7 +121,7 @@ func (t *tree) explain(ctx context.Context) {
 
 func (t *tree) refer(ns, bearer string, labels map[string]string) {
 	for _, ref := range meta.References(labels) {
-		if !ref.Back {
+		if ref.Direction == meta.Forward {
 			t.hold(ns, ref.Type, ref.ID, bearer)
 		}
 	}

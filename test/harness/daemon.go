@@ -73,12 +73,14 @@ func TryStart(t testing.TB, opts Options) (*Daemon, error) {
 		d.State = TempDir(t)
 	}
 	d.Socket = filepath.Join(d.State, "d.sock")
-	config := "/dev/null"
-	if opts.Config != "" {
-		config = filepath.Join(TempDir(t), "config.toml")
-		if err := os.WriteFile(config, []byte(opts.Config), 0o600); err != nil {
-			t.Fatal(err)
-		}
+	text := opts.Config
+	if text == "" {
+		// The default of opt.path lies outside of root and state.
+		text = fmt.Sprintf("version = 4\n[plugins.'io.containerd.internal.v1.opt']\npath = %q\n", d.Root)
+	}
+	config := filepath.Join(TempDir(t), "config.toml")
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
 	}
 	d.bin = Build(t)
 	if opts.Fault != "" {
