@@ -171,6 +171,12 @@ func (sp Space) ReadBlob(ctx context.Context, desc oci.Descriptor, max int64) ([
 	return p, nil
 }
 
+// Blob describes a blob of the namespace, as the transaction sees it.
+// ErrNotFound.
+func (tx *Tx) Blob(dgst digest.Digest) (Blob, error) {
+	return readBlob(dgst, blobBucket(tx.ns(), dgst))
+}
+
 // SetBlobLabels merges labels into those of a blob; a value of "" deletes.
 // ErrNotFound, ErrInvalidArgument.
 func (tx *Tx) SetBlobLabels(dgst digest.Digest, labels map[string]string) error {

@@ -252,7 +252,6 @@ func (j *job) unpack(ctx context.Context, src *source, rd *ready) error {
 	var emit interface {
 		layer.Emitter
 		Sync() (bool, error)
-		Close() error
 	}
 	if j.by.snaps.Traits().Form == snapshot.FormOverlay {
 		emit, err = layer.NewOverlay(dir, nil, layer.OverlayOptions{UserXattr: j.by.p.opts.UserXattr})
@@ -262,7 +261,6 @@ func (j *job) unpack(ctx context.Context, src *source, rd *ready) error {
 	if err != nil {
 		return err
 	}
-	defer emit.Close()
 	res, applyErr := layer.Apply(ctx, src, j.layer.Desc.MediaType, emit, j.by.p.opts.Limits)
 	if applyErr != nil && src.failed() {
 		return applyErr
