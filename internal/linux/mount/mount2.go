@@ -93,7 +93,7 @@ func (p parsed) overlay2(at int, l layers) error {
 func relative(dir string, paths []string) string {
 	out := make([]string, len(paths))
 	for i, p := range paths {
-		out[i] = escapeLower(strings.TrimPrefix(strings.TrimPrefix(p, dir), "/"))
+		out[i] = Escape(strings.TrimPrefix(strings.TrimPrefix(p, dir), "/"))
 		if out[i] == "" {
 			out[i] = "."
 		}

@@ -134,7 +134,7 @@ func TestOverlayOfAwkwardPaths(t *testing.T) {
 		write(t, b+"/b", "b")
 		target := mkdir(t, base+"/target")
 		mountAll(t, k, target, Mount{Type: "overlay", Source: "overlay", Options: []string{
-			"lowerdir=" + escapeLower(a) + ":" + escapeLower(b), "ro",
+			"lowerdir=" + Escape(a) + ":" + Escape(b), "ro",
 		}})
 		for _, name := range []string{"a", "b"} {
 			if _, err := os.Stat(filepath.Join(target, name)); err != nil {

@@ -188,7 +188,8 @@ func unescape(s string) string {
 	return b.String()
 }
 
-// escapeLower is the inverse of splitLower's unescape for one directory.
-func escapeLower(dir string) string {
+// Escape writes a directory as overlay's lowerdir, upperdir and workdir
+// options need it: a backslash before what would separate.
+func Escape(dir string) string {
 	return strings.NewReplacer(`\`, `\\`, ":", `\:`, ",", `\,`).Replace(dir)
 }

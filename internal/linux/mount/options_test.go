@@ -66,7 +66,7 @@ func FuzzLowerdir(f *testing.F) {
 		if a == "" || b == "" {
 			return
 		}
-		joined := splitOptions([]string{"lowerdir=" + escapeLower(a) + ":" + escapeLower(b)})
+		joined := splitOptions([]string{"lowerdir=" + Escape(a) + ":" + Escape(b)})
 		if strings.Contains(a+b, `"`) { // quotes are SELinux's; no escape hides them
 			return
 		}

@@ -75,5 +75,5 @@ func (m *meter) enter(_ int, _ string, dir int) error {
 func (m *meter) leave(int, string) error { return nil }
 
 func (m *meter) skip(err error) bool {
-	return errors.Is(err, errMount) || err == unix.ENOENT || err == unix.ENOTDIR || err == unix.ELOOP
+	return errors.Is(err, errMount) || errors.Is(err, unix.ENOENT) || err == unix.ENOTDIR || err == unix.ELOOP
 }

@@ -37,7 +37,7 @@ type visitor interface {
 	enter(parent int, name string, dir int) error
 	// leave is called after the last entry of the subdirectory.
 	leave(parent int, name string) error
-	// skip says whether the walk goes on after err on name.
+	// skip says whether the walk goes on after err.
 	skip(err error) bool
 }
 
@@ -118,7 +118,7 @@ func readDirectory(ctx context.Context, dir int, v visitor) ([]string, error) {
 				return nil, fmt.Errorf("%s: %w", name, err)
 			}
 		}
-		if err == io.EOF {
+		if err == io.EOF || err != nil && v.skip(err) {
 			return subs, nil
 		}
 		if err != nil {

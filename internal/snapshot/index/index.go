@@ -25,6 +25,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"sync"
 	"time"
 
@@ -32,6 +33,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	bolterrors "go.etcd.io/bbolt/errors"
 
+	"github.com/holdfast-dev/holdfast/internal/durable"
 	"github.com/holdfast-dev/holdfast/internal/fault"
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 )
@@ -96,16 +98,15 @@ func (x *Index) open(create bool) (*bolt.DB, error) {
 	if x.db != nil {
 		return x.db, nil
 	}
-	if !create {
-		// An empty file is what a crash leaves of the very first open.
-		if fi, err := os.Stat(x.path); errors.Is(err, os.ErrNotExist) || err == nil && fi.Size() == 0 {
+	if _, err := os.Stat(x.path); errors.Is(err, os.ErrNotExist) {
+		if !create {
 			return nil, nil
 		}
+		if err := x.create(); err != nil {
+			return nil, fmt.Errorf("create %s: %w", x.path, err)
+		}
 	}
-	opts := *bolt.DefaultOptions
-	opts.Timeout = x.opts.OpenTimeout
-	opts.NoStatistics = true
-	db, err := bolt.Open(x.path, 0o600, &opts)
+	db, err := bolt.Open(x.path, 0o600, x.bolt())
 	if errors.Is(err, bolterrors.ErrTimeout) {
 		return nil, fmt.Errorf("open %s: another process holds it; stop that daemon first: %w", x.path, errdefs.ErrUnavailable)
 	}
@@ -114,6 +115,36 @@ func (x *Index) open(create bool) (*bolt.DB, error) {
 	}
 	x.db = db
 	return db, nil
+}
+
+// create makes the file under another name first: bolt refuses a file that a
+// power cut left half written.
+func (x *Index) create() error {
+	tmp := x.path + ".new"
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	db, err := bolt.Open(tmp, 0o600, x.bolt()) // which syncs it
+	if err != nil {
+		return err
+	}
+	if err := db.Close(); err != nil {
+		return err
+	}
+	if err := fault.Point("snapshot.index.create.written"); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, x.path); err != nil {
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(x.path))
+}
+
+func (x *Index) bolt() *bolt.Options {
+	opts := *bolt.DefaultOptions
+	opts.Timeout = x.opts.OpenTimeout
+	opts.NoStatistics = true
+	return &opts
 }
 
 // view runs f in a read transaction. Nothing is sent, awaited or walked in it
