@@ -74,7 +74,7 @@ func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger)
 		return d, err
 	}
 	d.onClose(blobs.Close)
-	drivers, dirs, err := d.openDrivers(ctx, cfg)
+	drivers, dirs, err := d.openDrivers(cfg)
 	if err != nil {
 		return d, err
 	}
@@ -88,7 +88,7 @@ func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger)
 		return d, err
 	}
 	client := registry.New(registry.Options{
-		Hosts:       hosts.Dirs{Roots: cfg.Registry.Dirs(), Warn: warnHosts(log)}.Lookup,
+		Hosts:       hosts.Dirs{Paths: cfg.Registry.Dirs(), Warn: warnHosts(log)}.Lookup,
 		Credentials: auth.DockerConfig{},
 		UserAgent:   "holdfast/" + strings.TrimPrefix(build.Version, "v"),
 	})

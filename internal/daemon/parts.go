@@ -26,15 +26,15 @@ import (
 // openDrivers opens the snapshot drivers that the config offers, and returns
 // them and their directories by name. One that can't work on this file system
 // is left out, with a warning: the others may do.
-func (d *Daemon) openDrivers(ctx context.Context, cfg *config.Config) (map[string]snapshot.Driver, map[string]string, error) {
+func (d *Daemon) openDrivers(cfg *config.Config) (map[string]snapshot.Driver, map[string]string, error) {
 	open := map[string]func(dir string) (snapshot.Driver, error){
 		"overlayfs": func(dir string) (snapshot.Driver, error) {
-			return overlay.Open(ctx, dir, overlay.Options{
+			return overlay.Open(dir, overlay.Options{
 				MountOptions:  cfg.Overlay.MountOptions,
 				UpperdirLabel: cfg.Overlay.UpperdirLabel,
 			})
 		},
-		"native": func(dir string) (snapshot.Driver, error) { return native.Open(ctx, dir, native.Options{}) },
+		"native": func(dir string) (snapshot.Driver, error) { return native.Open(dir, native.Options{}) },
 	}
 	dirs := map[string]string{"overlayfs": cfg.Overlay.RootPath, "native": cfg.Native.RootPath}
 	drivers := make(map[string]snapshot.Driver)
@@ -122,7 +122,7 @@ func remote(client *registry.Client) pull.Remote {
 		if err != nil {
 			return nil, "", "", err
 		}
-		repo, err := client.Repository(registry.Name{Host: r.Host, Path: r.Path, Object: r.Object()}, s)
+		repo, err := client.Repository(r, s)
 		return repo, r.Host, r.Path, err
 	}
 }
