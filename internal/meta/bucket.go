@@ -46,6 +46,9 @@ func (b bucket) create(path ...string) (bucket, error) {
 	for _, name := range path {
 		next := b.sub(name)
 		if !next.exists() {
+			if len(name) > bolt.MaxKeySize { // which bolt checks for keys only
+				return bucket{}, refused(name, bolterrors.ErrKeyTooLarge)
+			}
 			made, err := b.b.CreateBucket([]byte(name))
 			if err != nil {
 				return bucket{}, refused(name, err)

@@ -1,6 +1,7 @@
 package meta
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -233,6 +234,9 @@ func (s Snapshots) Commit(ctx context.Context, name, key, parent string, labels 
 		return err
 	}
 	created, release, err := s.CommitChain(ctx, snapshot.Commit{Key: key, Name: name, Parent: parent, Labels: labels})
+	if errdefs.IsAlreadyExists(err) { // since the first look
+		return cmp.Or(s.leaseExisting(ctx, snapshot.New{Key: name}), err)
+	}
 	if err != nil {
 		return err
 	}

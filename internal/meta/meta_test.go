@@ -232,6 +232,18 @@ func raw(t *testing.T, path string, tree map[string][]byte) {
 	}))
 }
 
+// rawDelete removes a bucket behind the back of a closed store.
+func rawDelete(t *testing.T, path string, at ...string) {
+	t.Helper()
+	b, err := bolt.Open(path, 0o644, nil)
+	ok(t, err)
+	defer b.Close()
+	ok(t, b.Update(func(btx *bolt.Tx) error {
+		wrote := false
+		return bucket{btx.Bucket([]byte(at[0])), &wrote}.sub(at[1 : len(at)-1]...).drop(at[len(at)-1])
+	}))
+}
+
 // dumpFile lists every key of the file as path|path|key, with its value.
 func dumpFile(t *testing.T, b *bolt.DB) map[string][]byte {
 	t.Helper()
