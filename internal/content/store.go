@@ -90,17 +90,14 @@ func Open(dir, trash string, opts Options) (*Store, error) {
 	return s, nil
 }
 
-// emptyTrash unlinks the files in trash. Directories are not ours: the
-// snapshot drivers may keep theirs there.
+// emptyTrash removes what lies in trash: blobs whose unlink a crash came before.
 func (s *Store) emptyTrash() error {
 	entries, err := os.ReadDir(s.trash)
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		if !e.IsDir() {
-			os.Remove(filepath.Join(s.trash, e.Name())) // or at the next Open
-		}
+		os.RemoveAll(filepath.Join(s.trash, e.Name())) // or at the next Open
 	}
 	return nil
 }

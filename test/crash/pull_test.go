@@ -5,6 +5,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
@@ -87,12 +88,37 @@ func killDuringPull(t *testing.T, reg *harness.Registry, opts harness.Options, r
 	case err := <-ended:
 		t.Fatalf("the pull ended before %d bytes: %v", after, err)
 	}
+	waitKept(t, opts.Root, sum(reg.Served())-inFlight)
 	d.Kill()
 	reg.Release()
 	if err := <-ended; err == nil {
 		t.Error("the pull succeeded without its daemon")
 	}
 	return reg.Served()
+}
+
+// waitKept waits until a held pull has written what it was sent, or stops getting on.
+func waitKept(t *testing.T, root string, atLeast int64) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		n := int64(0)
+		files, err := filepath.Glob(filepath.Join(root, harness.IngestDir, "*", "data"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		blobs, err := filepath.Glob(filepath.Join(root, harness.BlobsDir, "*", "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range append(files, blobs...) {
+			if info, err := os.Stat(f); err == nil {
+				n += info.Size()
+			}
+		}
+		if n >= atLeast {
+			return
+		}
+	}
 }
 
 // keptBytes returns how much of each blob a root has, committed or not.

@@ -37,15 +37,42 @@ func (d *documents) ReadDocument(ctx context.Context, desc oci.Descriptor) ([]by
 	}
 	doc, err := d.sp.ReadBlob(ctx, desc, oci.MaxDocument)
 	if errdefs.IsNotFound(err) {
-		if doc, err = d.fetch(ctx, desc); err == nil {
-			d.missing = append(d.missing, desc)
+		if doc = d.kept(ctx, desc); doc == nil {
+			doc, err = d.fetch(ctx, desc)
+		} else {
+			err = nil
 		}
+		d.missing = append(d.missing, desc)
 	}
 	if err != nil {
 		return nil, err
 	}
 	d.docs[desc.Digest.String()] = doc
 	return doc, nil
+}
+
+// kept returns a document that an earlier, interrupted pull has left whole in
+// its ingest, or nil.
+func (d *documents) kept(ctx context.Context, desc oci.Descriptor) []byte {
+	st, err := d.sp.Ingest(ctx, oci.Key(desc))
+	if err != nil || st.Offset != desc.Size || desc.Size > oci.MaxDocument {
+		return nil
+	}
+	w, err := openWriter(ctx, d.sp, desc)
+	if err != nil {
+		return nil
+	}
+	defer w.Close()
+	data, err := w.Data()
+	if err != nil {
+		return nil
+	}
+	defer data.Close()
+	doc := make([]byte, desc.Size)
+	if _, err := data.ReadAt(doc, 0); err != nil && err != io.EOF || desc.Digest.Algorithm().FromBytes(doc) != desc.Digest {
+		return nil
+	}
+	return doc
 }
 
 // fetch reads one document, from one host after the other as long as they
@@ -105,8 +132,8 @@ func (d *documents) write(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if st.Offset == desc.Size {
-			continue // another namespace has it
+		if st.Offset == desc.Size && w.Digest() == desc.Digest {
+			continue // from an earlier pull, or another namespace has it
 		}
 		if err := w.Truncate(0); err != nil {
 			return err
