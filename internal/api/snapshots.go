@@ -2,12 +2,14 @@ package api
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/emptypb"
 
+	"github.com/holdfast-dev/holdfast/internal/durable"
 	"github.com/holdfast-dev/holdfast/internal/meta"
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 	"github.com/holdfast-dev/holdfast/internal/wire"
@@ -75,8 +77,29 @@ func (s *snapshotsService) Commit(ctx context.Context, req *snapshotsapi.CommitS
 	if err != nil {
 		return nil, wire.Error(err)
 	}
+	if err := syncSnapshot(ctx, sn, req.GetKey()); err != nil {
+		return nil, wire.Error(err)
+	}
 	err = sn.Commit(ctx, req.GetName(), req.GetKey(), req.GetParent(), req.GetLabels())
 	return &emptypb.Empty{}, wire.Error(err)
+}
+
+// syncSnapshot makes durable what was written to an active snapshot. Clients
+// and containers write through its mounts, where nobody sees them, and a
+// committed snapshot implies its bytes. // inv 1
+func syncSnapshot(ctx context.Context, sn meta.Snapshots, key string) (err error) {
+	dir, _, err := sn.Dir(ctx, key)
+	if errdefs.IsNotFound(err) {
+		return nil // the commit says so, or that its name exists
+	}
+	if err != nil {
+		return err
+	}
+	fs, err := durable.OpenFS(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(fs.Sync(ctx), fs.Close())
 }
 
 func (s *snapshotsService) Remove(ctx context.Context, req *snapshotsapi.RemoveSnapshotRequest) (*emptypb.Empty, error) {

@@ -57,6 +57,14 @@ func testSnapshots(t *testing.T, driver string) {
 	if usage.Inodes != 2 || usage.Size < 4 {
 		t.Errorf("usage is %v", usage)
 	}
+	_, err = f.snapshots.Commit(ctx, &snapshotsapi.CommitSnapshotRequest{Snapshotter: driver, Name: "base2", Key: "work"})
+	wantCode(t, err, codes.NotFound, "")
+	_, err = f.snapshots.Prepare(ctx, &snapshotsapi.PrepareSnapshotRequest{Snapshotter: driver, Key: "work", Parent: "base"})
+	check(t, err)
+	_, err = f.snapshots.Commit(ctx, &snapshotsapi.CommitSnapshotRequest{Snapshotter: driver, Name: "base", Key: "work"})
+	wantCode(t, err, codes.AlreadyExists, "")
+	_, err = f.snapshots.Remove(ctx, &snapshotsapi.RemoveSnapshotRequest{Snapshotter: driver, Key: "work"})
+	check(t, err)
 	testView(t, f, ctx, driver)
 	testSnapshotUpdate(t, f, ctx, driver)
 
