@@ -208,9 +208,6 @@ func (s *Store) Cleanup(ctx context.Context) error {
 			return errors.Join(append(errs, err)...)
 		}
 		errs = append(errs, tree.Remove(ctx, filepath.Join(s.snapshots, name)))
-		if err := fault.Point("snapshot.dirs.cleanup.removed"); err != nil {
-			return err
-		}
 	}
 	return errors.Join(errs...)
 }

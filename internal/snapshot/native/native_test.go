@@ -10,9 +10,9 @@ import (
 
 func TestMain(m *testing.M) { mounttest.Main(m) }
 
-func TestDriver(t *testing.T) {
-	snapshottest.Suite(t, snapshottest.Subject{
-		Open: func(root string) (snapshot.Driver, error) { return Open(root, Options{}) },
-		Bare: func(i snapshot.Info) bool { return !holds(i.Kind, i.Parent) },
-	})
+var subject = snapshottest.Subject{
+	Open: func(root string) (snapshot.Driver, error) { return Open(root, Options{}) },
+	Bare: func(i snapshot.Info) bool { return !holds(i.Kind, i.Parent) },
 }
+
+func TestDriver(t *testing.T) { snapshottest.Suite(t, subject) }

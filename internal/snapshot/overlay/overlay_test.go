@@ -15,9 +15,11 @@ import (
 
 func TestMain(m *testing.M) { mounttest.Main(m) }
 
-func open(root string) (snapshot.Driver, error) { return Open(root, Options{}) }
+var subject = snapshottest.Subject{
+	Open: func(root string) (snapshot.Driver, error) { return Open(root, Options{}) },
+}
 
-func TestDriver(t *testing.T) { snapshottest.Suite(t, snapshottest.Subject{Open: open}) }
+func TestDriver(t *testing.T) { snapshottest.Suite(t, subject) }
 
 func must(t *testing.T, err error) {
 	t.Helper()
