@@ -3,6 +3,8 @@ package meta
 import (
 	"context"
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/containerd/errdefs"
 	"github.com/holdfast-dev/holdfast/internal/fault"
@@ -11,8 +13,8 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// driverTree is what a driver holds: the children of each key, roots under "".
-type driverTree map[string][]string
+// driverTree is what a driver holds: the parent of each key.
+type driverTree map[string]string
 
 func walkDriver(ctx context.Context, driver snapshot.Driver) (driverTree, error) {
 	tree := make(driverTree)
@@ -20,20 +22,27 @@ func walkDriver(ctx context.Context, driver snapshot.Driver) (driverTree, error)
 		if err != nil {
 			return nil, fmt.Errorf("list snapshots: %w", err)
 		}
-		tree[in.Parent] = append(tree[in.Parent], in.Key)
+		tree[in.Key] = in.Parent
 	}
 	return tree, nil
 }
 
-// leavesFirst lists the keys so that children come before their parents.
+// leavesFirst lists the keys so that children come before their parents. A key
+// whose parent is missing is as good as a root.
 func (t driverTree) leavesFirst() []string {
-	order := append([]string(nil), t[""]...)
+	children := make(map[string][]string)
+	var order []string
+	for _, key := range slices.Sorted(maps.Keys(t)) {
+		if _, there := t[t[key]]; there {
+			children[t[key]] = append(children[t[key]], key)
+		} else {
+			order = append(order, key)
+		}
+	}
 	for i := 0; i < len(order); i++ { // grows: parents before children
-		order = append(order, t[order[i]]...)
+		order = append(order, children[order[i]]...)
 	}
-	for i, j := 0, len(order)-1; i < j; i, j = i+1, j-1 {
-		order[i], order[j] = order[j], order[i]
-	}
+	slices.Reverse(order)
 	return order
 }
 
