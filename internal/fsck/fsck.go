@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-dev/holdfast/internal/content"
@@ -163,7 +164,8 @@ func (p *pass) list(ctx context.Context) error {
 				return fmt.Errorf("list snapshots of %s: %w", name, err)
 			}
 			p.keys[name][info.Key] = info
-			if _, err := d.Dir(ctx, info.Key); err != nil {
+			// A view may have no directory of its own; the driver says so by FailedPrecondition.
+			if _, err := d.Dir(ctx, info.Key); err != nil && !errdefs.IsFailedPrecondition(err) {
 				p.missing[name+"/"+info.Key] = err
 			}
 		}
