@@ -57,7 +57,7 @@ func (r *Repository) ask(ctx context.Context, ep *endpoint, q query, more bool) 
 			hook(ep.Host.Host, "/"+q.path, n, wait, cause(a, err))
 		}
 		if err == nil {
-			a.Close()
+			a.discard()
 		}
 		if err := sleep(ctx, wait); err != nil {
 			return nil, err
@@ -67,7 +67,7 @@ func (r *Repository) ask(ctx context.Context, ep *endpoint, q query, more bool) 
 
 // login answers a 401.
 func (r *Repository) login(ctx context.Context, ep *endpoint, a *answer, tally *attempts) error {
-	defer a.Close()
+	defer a.discard()
 	if ep.foreign != nil || !strings.EqualFold(a.served, ep.Host.Host) {
 		return &loginError{fmt.Errorf("%s wants a login and is not the registry: %w", a.served, errdefs.ErrUnauthenticated)}
 	}
@@ -119,7 +119,7 @@ func (t *attempts) judge(backoff time.Duration, a *answer, err error) (wait time
 
 // mayPass reports whether a failure without a response may be gone the next time.
 func (t *attempts) mayPass(err error) bool {
-	if _, ok := errors.AsType[*loginError](err); ok && !errdefs.IsUnavailable(err) {
+	if _, ok := errors.AsType[*loginError](err); ok && (!errdefs.IsUnavailable(err) || errors.Is(err, context.DeadlineExceeded)) {
 		return false
 	}
 	if errors.Is(err, errUnreachable) {

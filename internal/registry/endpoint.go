@@ -147,13 +147,23 @@ func (c *Client) newTransport(config *tls.Config) *http.Transport {
 	}
 }
 
-// isPlainHTTP reports whether err means that the server at u answered a TLS handshake without TLS, or that nothing
-// listens at HTTPS's own port while u names none.
-func isPlainHTTP(err error, u *url.URL) bool {
-	if record, ok := errors.AsType[tls.RecordHeaderError](err); ok && string(record.RecordHeader[:]) == "HTTP/" {
+// isPlainHTTP reports whether err, of a try to reach ep by TLS, means that HTTP is worth trying: the server answered the
+// handshake without TLS, or nobody answers at HTTPS's own port while ep names none. A bad certificate does not.
+func (ep *endpoint) isPlainHTTP(err error) bool {
+	if isSchemeMismatch(err) {
 		return true
 	}
-	return errors.Is(err, http.ErrSchemeMismatch) || u.Port() == "" && errors.Is(err, syscall.ECONNREFUSED)
+	if _, port, _ := net.SplitHostPort(ep.Host.Host); port != "" {
+		return false
+	}
+	_, silent := errors.AsType[dialTimeout](err)
+	return errors.Is(err, syscall.ECONNREFUSED) || silent && !ep.mirror // a mirror has had its second
+}
+
+// isSchemeMismatch reports whether err is plain HTTP where TLS was expected.
+func isSchemeMismatch(err error) bool {
+	record, ok := errors.AsType[tls.RecordHeaderError](err)
+	return ok && string(record.RecordHeader[:]) == "HTTP/"
 }
 
 func (c *Client) isPlain(host string) bool {

@@ -66,11 +66,11 @@ func (e *Error) Advice() string {
 	_, hostname := errors.AsType[x509.HostnameError](e.Err)
 	_, expired := errors.AsType[x509.CertificateInvalidError](e.Err)
 	switch {
-	case errors.Is(e.Err, http.ErrSchemeMismatch):
+	case isSchemeMismatch(e.Err):
 		return fmt.Sprintf("it speaks plain HTTP: if that is meant, name it http://%s in its hosts.toml, or ask for plain HTTP", e.Host)
 	case authority || hostname || expired:
 		return fmt.Sprintf("if the server is the right one, name its certificate authority as ca in the hosts.toml of %s", e.Host)
-	case login && !errdefs.IsUnavailable(e.Err), e.Status == http.StatusForbidden:
+	case login && errdefs.IsUnauthorized(e.Err), e.Status == http.StatusForbidden:
 		return fmt.Sprintf("log in, or check the credentials for %s", e.Host)
 	case e.Status == http.StatusNotFound && e.Op == "resolve":
 		return "check the name and the tag"
@@ -150,7 +150,7 @@ func (k kind) Unwrap() []error { return []error{k.error, k.kind} }
 
 // refusal turns a response that is no success into an Error. It reads the body and closes a.
 func (r *Repository) refusal(op string, dgst digest.Digest, ep string, a *answer) *Error {
-	defer a.Close()
+	defer a.discard()
 	e := &Error{Op: op, Name: r.name.String(), Digest: dgst, Host: ep, Status: a.StatusCode, RetryAfter: retryAfter(a.Header, time.Now())}
 	text := fmt.Sprintf("%d %s", a.StatusCode, http.StatusText(a.StatusCode))
 	if a.StatusCode == http.StatusNotFound {

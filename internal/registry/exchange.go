@@ -27,6 +27,7 @@ type query struct {
 	path   string // below the API root, unescaped: "<name>/blobs/<digest>"
 	accept string
 	offset int64 // where the bytes wanted begin; a Range header if not 0
+	end    int64 // where they end; some servers refuse a Range that leaves it open
 	tag    bool  // the answer is believed without a digest, so TLS must not be lost on the way to it
 }
 
@@ -34,6 +35,13 @@ var (
 	errStalled     = errors.New("no byte arrived")
 	errUnreachable = errors.New("no connection")
 )
+
+// dialTimeout is an errUnreachable: how long nobody answered.
+type dialTimeout time.Duration
+
+func (d dialTimeout) Error() string { return fmt.Sprintf("no connection within %s", time.Duration(d)) }
+
+func (d dialTimeout) Unwrap() error { return errUnreachable }
 
 // answer is a response whose body is watched. Close it.
 type answer struct {
@@ -63,7 +71,7 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 			pool = ep.transport.away
 		}
 		a, err := c.roundTrip(req, pool, ep.dial)
-		if err != nil && atHome && u.Scheme == "https" && ep.TriesTLSFirst() && isPlainHTTP(err, u) {
+		if err != nil && atHome && u.Scheme == "https" && ep.TriesTLSFirst() && ep.isPlainHTTP(err) {
 			c.setPlain(ep.Host.Host)
 			u = ep.url(q.path, true)
 			home = *u
@@ -74,14 +82,14 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 		}
 		c.warnings(a)
 		next, err := redirectTarget(a)
-		if err != nil || next == nil {
-			if err != nil {
-				a.Close()
-				return nil, err
-			}
+		switch {
+		case err != nil:
+			a.discard()
+			return nil, err
+		case next == nil:
 			return a, nil
 		}
-		a.Close()
+		a.discard()
 		if hop == maxRedirects {
 			return nil, fmt.Errorf("more than %d redirects", maxRedirects)
 		}
@@ -122,7 +130,7 @@ func (r *Repository) request(ctx context.Context, ep *endpoint, q query, u *url.
 	// Another encoding would make offsets and sizes mean something else.
 	req.Header.Set("Accept-Encoding", "identity")
 	if q.offset > 0 {
-		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", q.offset))
+		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.offset, q.end-1))
 	}
 	return req, nil
 }
@@ -174,7 +182,7 @@ func (d *watchdog) bite(dial time.Duration) {
 	if d.connected.Load() {
 		d.cancel(errStalled)
 	} else {
-		d.cancel(fmt.Errorf("%w within %s", errUnreachable, dial))
+		d.cancel(dialTimeout(dial))
 	}
 }
 
@@ -212,11 +220,17 @@ func (b *watchedBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close ends the exchange. A body that is nearly through is read up, so that the connection lives on.
-func (a *answer) Close() error {
+// discard ends an exchange whose body nobody wants. A short one is read up, so that the connection lives on.
+func (a *answer) discard() {
 	if a.Request.Method != http.MethodHead && a.ContentLength >= 0 && a.ContentLength <= maxDrain {
+		a.body.stall = min(a.body.stall, time.Second)
 		io.Copy(io.Discard, io.LimitReader(a.body, maxDrain))
 	}
+	a.Close()
+}
+
+// Close ends the exchange.
+func (a *answer) Close() error {
 	err := a.body.from.Close()
 	a.body.dog.timer.Stop()
 	a.body.dog.cancel(nil)

@@ -70,6 +70,7 @@ type Blob struct {
 	stalls  int
 	resumes int   // since resumed
 	resumed int64 // offset at which the row of broken connections began
+	whole   bool  // no Range is asked for, as it was refused without reason
 
 	body io.ReadCloser
 	host string
@@ -304,7 +305,10 @@ func (b *Blob) open(src source, more bool) (*answer, *Error) {
 	fail := func(err error) (*answer, *Error) {
 		return nil, b.repo.failure("fetch", b.desc.Digest, src.host(), err)
 	}
-	q := query{method: http.MethodGet, path: src.path, accept: "*/*", offset: b.next}
+	q := query{method: http.MethodGet, path: src.path, accept: "*/*", offset: b.next, end: b.desc.Size}
+	if b.whole {
+		q.offset = 0
+	}
 	if b.desc.MediaType != "" {
 		q.accept = b.desc.MediaType + ", */*"
 	}
@@ -315,7 +319,11 @@ func (b *Blob) open(src source, more bool) (*answer, *Error) {
 	switch a.StatusCode {
 	case http.StatusOK, http.StatusPartialContent:
 	case http.StatusRequestedRangeNotSatisfiable:
-		a.Close()
+		a.discard()
+		if _, size, err := contentRange(a.Header.Get("Content-Range")); !b.whole && (err != nil || size == b.desc.Size) {
+			b.whole = true // the Range is in range: it must be the server that can't do it
+			return b.open(src, more)
+		}
 		return fail(fmt.Errorf("has fewer bytes than the %d that the manifest says: %w", b.desc.Size, errdefs.ErrDataLoss))
 	default:
 		return nil, b.repo.refusal("fetch", b.desc.Digest, src.host(), a)
@@ -359,7 +367,7 @@ func (b *Blob) align(a *answer) error {
 	return nil
 }
 
-// contentRange reads "bytes 5-9/10". Size is -1 where it is given as "*".
+// contentRange reads "bytes 5-9/10", or "bytes */10" as starting at 10. Size is -1 where it is given as "*".
 func contentRange(value string) (start, size int64, err error) {
 	bad := fmt.Errorf("sent a part of the blob and not which (%q): %w", printable(value), errdefs.ErrDataLoss)
 	span, ok := strings.CutPrefix(value, "bytes ")
@@ -367,6 +375,9 @@ func contentRange(value string) (start, size int64, err error) {
 		return 0, 0, bad
 	}
 	span, whole, _ := strings.Cut(span, "/")
+	if span == "*" {
+		span = whole + "-"
+	}
 	first, _, ok := strings.Cut(span, "-")
 	start, err = strconv.ParseInt(first, 10, 64)
 	if !ok || err != nil || start < 0 {

@@ -172,6 +172,8 @@ func askHelper(ctx context.Context, name, server string) (Credential, error) {
 	cmd := exec.CommandContext(ctx, program, "get")
 	out := &bounded{limit: maxHelper}
 	cmd.Stdin, cmd.Stdout, cmd.WaitDelay = strings.NewReader(server), out, helperDrain
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) } // with its children
 	err := cmd.Run()
 	switch {
 	case ctx.Err() != nil:

@@ -173,7 +173,10 @@ func (ans *answer) do(req *http.Request) (reply tokenReply, err error) {
 	client := http.Client{Transport: ans.transport, CheckRedirect: ans.redirect}
 	resp, err := client.Do(req)
 	if err != nil {
-		return reply, withoutURL(err)
+		if err = withoutURL(err); !errdefs.IsUnauthorized(err) {
+			err = fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
+		}
+		return reply, err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {

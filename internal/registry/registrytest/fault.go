@@ -27,9 +27,12 @@ type Fault struct {
 	Stall    bool  // send no more until the client goes away
 	Corrupt  bool  // flip the bits of the byte there
 
+	Drop        bool          // reset the connection before any answer
+	Silent      bool          // never answer
 	Trickle     time.Duration // wait so long between pieces
 	Piece       int           // bytes of a piece; default 1024
 	IgnoreRange bool          // answer a Range request with all there is
+	RefuseRange bool          // answer a Range request with 416
 	WrongRange  bool          // answer a Range request with the part one byte further on
 	Declare     int64         // the Content-Length to lie; 0: the truth
 	NoLength    bool          // send in chunks, without a Content-Length
@@ -94,6 +97,12 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	s.mu.Unlock()
 	count := &counter{ResponseWriter: w, server: s, at: at}
 	switch {
+	case f.Drop:
+		hangUp(w, true)
+	case f.Silent:
+		<-r.Context().Done()
+	case f.RefuseRange && r.Header.Get("Range") != "":
+		count.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
 	case f.Status != 0:
 		if f.RetryAfter != "" {
 			w.Header().Set("Retry-After", f.RetryAfter)
@@ -136,8 +145,9 @@ func (c *counter) WriteHeader(status int) {
 }
 
 func (c *counter) Write(p []byte) (int, error) {
+	c.note(func(r *Request) { r.Bytes += int64(len(p)) }) // before, so that no client has bytes that are not counted
 	n, err := c.ResponseWriter.Write(p)
-	c.note(func(r *Request) { r.Bytes += int64(n) })
+	c.note(func(r *Request) { r.Bytes -= int64(len(p) - n) })
 	return n, err
 }
 
@@ -169,7 +179,7 @@ func (s *Server) answer(w *counter, r *http.Request, f Fault) {
 	h.Set("Content-Type", doc.mediaType)
 	h.Set("Docker-Content-Digest", dgst)
 	status := http.StatusOK
-	if start, given := rangeStart(r.Header.Get("Range")); given && !f.IgnoreRange {
+	if start, end, given := wanted(r.Header.Get("Range"), int64(len(data))); given && !f.IgnoreRange {
 		if f.WrongRange {
 			start++
 		}
@@ -178,8 +188,8 @@ func (s *Server) answer(w *counter, r *http.Request, f Fault) {
 			w.WriteHeader(http.StatusRequestedRangeNotSatisfiable)
 			return
 		}
-		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", start, len(data)-1, len(data)))
-		data, status = data[start:], http.StatusPartialContent
+		h.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", start, end-1, len(data)))
+		data, status = data[start:max(start, end)], http.StatusPartialContent
 	}
 	f.header(h, len(data))
 	w.WriteHeader(status)
@@ -268,13 +278,21 @@ func hangUp(w http.ResponseWriter, reset bool) {
 	conn.Close()
 }
 
-func rangeStart(value string) (int64, bool) {
+// wanted reads a Range header for a body of size bytes.
+func wanted(value string, size int64) (start, end int64, ok bool) {
 	span, ok := strings.CutPrefix(value, "bytes=")
 	if !ok {
-		return 0, false
+		return 0, 0, false
 	}
-	n, err := strconv.ParseInt(strings.TrimSuffix(span, "-"), 10, 64)
-	return n, err == nil
+	first, last, _ := strings.Cut(span, "-")
+	start, err := strconv.ParseInt(first, 10, 64)
+	if err != nil {
+		return 0, 0, false
+	}
+	if end, err = strconv.ParseInt(last, 10, 64); err != nil {
+		return start, size, true
+	}
+	return start, min(end+1, size), true
 }
 
 // find yields what path names: "/v2/<repo>/(manifests|blobs)/<tag or digest>", below any prefix.
