@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/containerd/errdefs"
 
@@ -21,7 +22,7 @@ import (
 // temporary names, get their ids, and are synced; then one transaction
 // records all.
 func (s *Store) Create(ctx context.Context, news ...snapshot.New) (err error) {
-	c := creation{store: s}
+	c := creation{store: s, began: s.disk.Mark()}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, c.undo(context.WithoutCancel(ctx)))
@@ -42,7 +43,7 @@ func (s *Store) Create(ctx context.Context, news ...snapshot.New) (err error) {
 	if err := fault.Point("snapshot.dirs.create.renamed"); err != nil {
 		return err
 	}
-	if err := c.sync(); err != nil {
+	if err := c.sync(ctx); err != nil {
 		return fmt.Errorf("create snapshots: %w", err)
 	}
 	if err := fault.Point("snapshot.dirs.create.synced"); err != nil {
@@ -54,6 +55,7 @@ func (s *Store) Create(ctx context.Context, news ...snapshot.New) (err error) {
 // creation is one Create under way.
 type creation struct {
 	store   *Store
+	began   durable.Mark
 	records []index.Creation
 	paths   []string // where the directory of each record is now; "" if it has none
 	names   []string // all names in snapshots that were used on the way
@@ -134,17 +136,26 @@ func (c *creation) name() error {
 	return nil
 }
 
-// sync makes the new names durable, and what is below them. The directory
-// that holds them comes first: on a file system with a journal it takes
-// everything else along, and the other calls find nothing to do.
-func (c *creation) sync() error {
+// fewDirectories is up to how many new directories are synced one by one.
+// Each costs the disk a flush, even if a journal has made it durable already;
+// one syncfs costs one, and waits for other people's bytes instead.
+const fewDirectories = 16
+
+// sync makes the new names durable, and what is below them.
+func (c *creation) sync(ctx context.Context) error {
+	made := slices.DeleteFunc(slices.Clone(c.paths), func(dir string) bool { return dir == "" })
+	if len(made) == 0 {
+		return nil
+	}
+	if len(made) > fewDirectories {
+		return c.store.disk.SyncSince(ctx, c.began)
+	}
+	// The directory that holds them comes first: with a journal it takes the
+	// others along.
 	if err := durable.SyncDir(c.store.snapshots); err != nil {
 		return err
 	}
-	for _, dir := range c.paths {
-		if dir == "" {
-			continue
-		}
+	for _, dir := range made {
 		if err := errors.Join(durable.SyncDir(dir), c.store.layout.Sync(dir)); err != nil {
 			return err
 		}

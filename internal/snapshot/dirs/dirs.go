@@ -66,7 +66,11 @@ type Store struct {
 	snapshots string
 	layout    Layout
 	index     *index.Index
+	disk      *durable.FS
 	busy      keylock.Locks[string] // keys that are being committed or removed
+
+	closing sync.Once
+	closed  error
 
 	mu     sync.Mutex
 	making map[string]bool // names in snapshots that the index does not know yet
@@ -89,14 +93,22 @@ func Open(root string, layout Layout, opts index.Options) (*Store, error) {
 	if err := os.Chmod(snapshots, 0o700); err != nil {
 		return nil, fmt.Errorf("open snapshots: %w", err)
 	}
+	disk, err := durable.OpenFS(snapshots)
+	if err != nil {
+		return nil, fmt.Errorf("open snapshots: %w", err)
+	}
 	return &Store{
-		snapshots: snapshots, layout: layout, making: make(map[string]bool),
+		snapshots: snapshots, layout: layout, disk: disk, making: make(map[string]bool),
 		index: index.New(filepath.Join(root, "metadata.db"), opts),
 	}, nil
 }
 
-// Close releases the index.
-func (s *Store) Close() error { return s.index.Close() }
+// Close waits for what is under way and releases the index. A second call
+// does nothing.
+func (s *Store) Close() error {
+	s.closing.Do(func() { s.closed = errors.Join(s.index.Close(), s.disk.Close()) })
+	return s.closed
+}
 
 // Path is the directory of the snapshot with an id, whether it is there or not.
 func (s *Store) Path(id uint64) string { return filepath.Join(s.snapshots, strconv.FormatUint(id, 10)) }

@@ -10,6 +10,7 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"iter"
 	"maps"
@@ -87,10 +88,12 @@ func Open(root string, opts Options) (*Driver, error) {
 	if err != nil {
 		return nil, fmt.Errorf("overlay snapshots: %w", err)
 	}
-	if typed, err := tellsTypes(root); err != nil {
-		return nil, fmt.Errorf("overlay snapshots in %s: %w", root, err)
-	} else if !typed {
-		return nil, fmt.Errorf("overlay snapshots in %s: the file system has no d_type; make xfs with ftype=1, or use the native snapshotter: %w", root, errdefs.ErrNotImplemented)
+	typed, err := tellsTypes(root)
+	if err == nil && !typed {
+		err = fmt.Errorf("the file system has no d_type; make xfs with ftype=1, or use the native snapshotter: %w", errdefs.ErrNotImplemented)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("overlay snapshots in %s: %w", root, errors.Join(err, d.store.Close()))
 	}
 	return d, nil
 }
