@@ -62,6 +62,7 @@ func (e *Error) Unwrap() error { return e.Err }
 // Advice says what the user may do next, or nothing.
 func (e *Error) Advice() string {
 	_, login := errors.AsType[*loginError](e.Err)
+	_, settings := errors.AsType[*settingsError](e.Err)
 	_, authority := errors.AsType[x509.UnknownAuthorityError](e.Err)
 	_, hostname := errors.AsType[x509.HostnameError](e.Err)
 	_, expired := errors.AsType[x509.CertificateInvalidError](e.Err)
@@ -80,6 +81,8 @@ func (e *Error) Advice() string {
 		return fmt.Sprintf("try again in %s", e.RetryAfter)
 	case e.Status == http.StatusTooManyRequests:
 		return "try again later, or log in for a higher limit"
+	case settings:
+		return "mend that file, or what names it"
 	case errors.Is(e.Err, errUnreachable):
 		return "check the name, the network and the proxy settings"
 	case errors.Is(e.Err, errStalled), e.Status >= 500:
@@ -117,7 +120,7 @@ func (f failures) worst() *Error {
 	}
 	told := *first
 	for _, e := range f {
-		if e != first {
+		if e.Host != first.Host || e.Err.Error() != first.Err.Error() {
 			told.Also = append(told.Also, e)
 		}
 	}

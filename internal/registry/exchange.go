@@ -43,6 +43,11 @@ func (d dialTimeout) Error() string { return fmt.Sprintf("no connection within %
 
 func (d dialTimeout) Unwrap() error { return errUnreachable }
 
+// settingsError is an errUnreachable that lies in our own files.
+type settingsError struct{ error }
+
+func (e *settingsError) Unwrap() []error { return []error{e.error, errUnreachable} }
+
 // answer is a response whose body is watched. Close it.
 type answer struct {
 	*http.Response
@@ -55,7 +60,7 @@ type answer struct {
 // goes to another host.
 func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answer, error) {
 	if ep.broken != nil {
-		return nil, fmt.Errorf("%w: %w", errUnreachable, ep.broken)
+		return nil, &settingsError{ep.broken}
 	}
 	c := r.client
 	u := ep.url(q.path, c.isPlain(ep.Host.Host))

@@ -325,7 +325,7 @@ func TestTLS(t *testing.T) {
 		"authority":             {srv: srv, change: func(h *hosts.Host) { h.CA = []string{ca} }},
 		"no verification":       {srv: srv, change: func(h *hosts.Host) { h.SkipVerify = &yes }},
 		"none asked":            {srv: srv, change: func(*hosts.Host) {}, session: registry.Session{SkipVerify: true}},
-		"missing file":          {srv: srv, change: func(h *hosts.Host) { h.CA = []string{dir + "/gone"} }, words: dir + "/gone"},
+		"missing file":          {srv: srv, change: func(h *hosts.Host) { h.CA = []string{dir + "/gone"} }, words: dir + "/gone: no such file or directory; mend that file"},
 		"http means https":      {srv: srv, change: func(h *hosts.Host) { h.Scheme, h.CA = "http", []string{ca} }},
 		"http means http":       {srv: plain, change: func(h *hosts.Host) { h.Scheme, h.CA = "http", []string{ca} }},
 		"https to a plain port": {srv: plain, change: func(*hosts.Host) {}, words: "it speaks plain HTTP: if that is meant, name it http://" + plain.Host()},
