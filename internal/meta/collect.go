@@ -235,12 +235,19 @@ func (db *DB) removeSnapshots(ctx context.Context, name string, driver snapshot.
 	}
 	complete = true
 	var errs firstError
+	needed := make(map[string]bool) // named, or below what is: it goes when that goes
 	for _, key := range tree.leavesFirst() {
-		gone, err := db.removeSnapshot(ctx, name, driver, key, named)
-		errs.note(err)
-		if gone {
+		gone := false
+		if !needed[key] {
+			gone, err = db.removeSnapshot(ctx, name, driver, key, named)
+			errs.note(err)
+		}
+		switch {
+		case gone:
 			report(fmt.Sprintf("snapshot %s of %s: no record names it: removed", key, name))
-		} else if !named.keys[key] {
+		case needed[key] || named.keys[key]:
+			needed[tree[key]] = true
+		default:
 			complete = false
 		}
 	}

@@ -239,3 +239,20 @@ func TestCollectorSeesNewNames(t *testing.T) {
 		t.Errorf("%+v", in)
 	}
 }
+
+// TestUnnamedParentOfNamed: it can't go before its child, and isn't tried
+// again and again until then.
+func TestUnnamedParentOfNamed(t *testing.T) {
+	h := newHouse(t, Options{})
+	sp := lease(t, h.Space("ns"), "l")
+	chain(t, mem(t, sp), "base", "top")
+	h.reopen(func() { rawDelete(t, h.path(), "v1", "ns", "snapshots", "mem", "base") })
+	h.leftBehind(keySnapshots + "/mem")
+	if c := h.collect(); c.Left != 0 {
+		t.Errorf("%+v", c)
+	}
+	equalStrings(t, h.drivers["mem"].keys(), "ns/2/base", "ns/4/top")
+	ok(t, mem(t, h.Space("ns")).Remove(t.Context(), "top"))
+	h.collect()
+	equalStrings(t, h.drivers["mem"].keys())
+}

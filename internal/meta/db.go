@@ -7,11 +7,14 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/holdfast-dev/holdfast/internal/content"
+	"github.com/holdfast-dev/holdfast/internal/durable"
+	"github.com/holdfast-dev/holdfast/internal/fault"
 	"github.com/holdfast-dev/holdfast/internal/keylock"
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 	bolt "go.etcd.io/bbolt"
@@ -74,12 +77,19 @@ func Open(ctx context.Context, path string, blobs *content.Store, drivers map[st
 	if db.log == nil {
 		db.log = slog.New(slog.DiscardHandler)
 	}
-	if info, err := os.Stat(path); errors.Is(err, os.ErrNotExist) || err == nil && info.Size() == 0 {
-		if err := db.checkFresh(ctx); err != nil { // before there is a file
+	info, err := os.Stat(path)
+	absent := errors.Is(err, os.ErrNotExist)
+	if absent || err == nil && info.Size() == 0 {
+		if err := db.checkFresh(ctx); err != nil { // before anything is written
 			return nil, err
 		}
 	}
-	if err := db.openBolt(ctx); err != nil {
+	if absent {
+		if err := db.create(ctx); err != nil {
+			return nil, fmt.Errorf("create %s: %w", path, err)
+		}
+	}
+	if err := db.openBolt(ctx, path); err != nil {
 		return nil, err
 	}
 	if err := db.prepare(ctx); err != nil {
@@ -109,9 +119,36 @@ func (db *DB) prepare(ctx context.Context) error {
 	return db.recover(ctx)
 }
 
+// create makes the file under another name first: bolt's beginnings aren't
+// atomic, and one that a power cut left half done can't be opened. The name is
+// made durable, since stores without their meta.db are refused.
+func (db *DB) create(ctx context.Context) error {
+	next := db.path + ".new"
+	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := db.openBolt(ctx, next); err != nil {
+		return err
+	}
+	if err := errors.Join(db.migrate(), db.bolt.Close()); err != nil {
+		return err
+	}
+	if err := fault.Point("meta.create.written"); err != nil {
+		return err
+	}
+	// Unlike a rename, a link doesn't replace what somebody else has made.
+	if err := os.Link(next, db.path); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	if err := os.Remove(next); err != nil {
+		return err
+	}
+	return durable.SyncDir(filepath.Dir(db.path))
+}
+
 // openBolt waits for the file's lock in short steps, since bolt knows no
 // context.
-func (db *DB) openBolt(ctx context.Context) error {
+func (db *DB) openBolt(ctx context.Context, path string) error {
 	const step = time.Second
 	start := time.Now()
 	said := false
@@ -120,7 +157,7 @@ func (db *DB) openBolt(ctx context.Context) error {
 		if db.opts.OpenTimeout > 0 {
 			wait = max(min(step, db.opts.OpenTimeout-time.Since(start)), time.Millisecond)
 		}
-		b, err := bolt.Open(db.path, 0o644, &bolt.Options{
+		b, err := bolt.Open(path, 0o644, &bolt.Options{
 			Timeout:        wait,
 			NoFreelistSync: true,
 			NoStatistics:   true,
@@ -133,14 +170,14 @@ func (db *DB) openBolt(ctx context.Context) error {
 		}
 		switch waited := time.Since(start); {
 		case !errors.Is(err, bolterrors.ErrTimeout):
-			return fmt.Errorf("open %s: %w", db.path, err)
+			return fmt.Errorf("open %s: %w", path, err)
 		case ctx.Err() != nil:
-			return fmt.Errorf("wait for %s: %w", db.path, context.Cause(ctx))
+			return fmt.Errorf("wait for %s: %w", path, context.Cause(ctx))
 		case db.opts.OpenTimeout > 0 && waited >= db.opts.OpenTimeout:
-			return fmt.Errorf("%s is in use by another process, for more than %s: stop it first: %w", db.path, db.opts.OpenTimeout, errdefs.ErrUnavailable)
+			return fmt.Errorf("%s is in use by another process, for more than %s: stop it first: %w", path, db.opts.OpenTimeout, errdefs.ErrUnavailable)
 		case waited >= lockPatience && !said:
 			said = true
-			db.log.Warn("waiting for another process to give up the database", "path", db.path)
+			db.log.Warn("waiting for another process to give up the database", "path", path)
 		}
 	}
 }

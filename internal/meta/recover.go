@@ -198,8 +198,7 @@ func (l lost) drop(name string, ns bucket) (lines []string, err error) {
 	return lines, nil
 }
 
-// dropSnapshots deletes a driver's lost snapshots, and those whose parents are
-// dropped or were never there.
+// dropSnapshots deletes a driver's lost snapshots, and all that stand on them.
 func (l lost) dropSnapshots(name, driver string, all bucket) (lines []string, err error) {
 	records := collectSubs(all)
 	children := make(map[string][]string)
