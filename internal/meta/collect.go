@@ -212,13 +212,14 @@ func (db *DB) removeBytes(ctx context.Context, report func(string)) (done remova
 			done.left++
 		}
 	}
-	for name, driver := range db.drivers {
-		pass(keySnapshots+"/"+name, func() (bool, error) { return db.removeSnapshots(ctx, name, driver, report) })
-	}
+	// Content comes first: on a full disk its files make the room that a driver's index needs to forget a key.
 	pass(keyContent, func() (complete bool, err error) {
 		done.bytes, complete, err = db.removeContent(ctx, report)
 		return complete, err
 	})
+	for name, driver := range db.drivers {
+		pass(keySnapshots+"/"+name, func() (bool, error) { return db.removeSnapshots(ctx, name, driver, report) })
+	}
 	return done
 }
 
