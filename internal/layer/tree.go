@@ -1,0 +1,361 @@
+package layer
+
+import (
+	"archive/tar"
+	"errors"
+	"io"
+	"io/fs"
+	"maps"
+	"path"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/holdfast-dev/holdfast/internal/durable"
+	"github.com/holdfast-dev/holdfast/internal/linux/inroot"
+)
+
+// tree is what the emitters have in common: it writes entries into a
+// directory, and counts. Names given to it are real ones (without links)
+// wherever they are called real.
+type tree struct {
+	dir     string
+	private string // extended attributes that an archive may not set
+	root    *inroot.Root
+	limits  Limits
+
+	made     int   // entries and implied directories
+	retained int64 // bytes of names kept until the end
+	dirs     map[string]*dirTimes
+	usage    Usage
+	files    int
+	bytes    int64
+	buf      []byte
+
+	few fewChanges
+}
+
+// dirTimes is what has to be done with a directory when nothing more is
+// written into it.
+type dirTimes struct {
+	atime, mtime unix.Timespec
+	explicit     bool  // it has an entry, so the times count
+	blocks       int64 // counted in usage already
+}
+
+func (t *tree) begin(limits Limits) error {
+	root, err := inroot.Open(t.dir)
+	if err != nil {
+		return err
+	}
+	t.root = root
+	t.limits = limits
+	t.dirs = make(map[string]*dirTimes)
+	t.buf = make([]byte, chunkSize)
+	return nil
+}
+
+func (t *tree) end() {
+	if t.root != nil {
+		t.root.Close()
+		t.root = nil
+	}
+}
+
+// count counts one more object against the limit.
+func (t *tree) count(n int) error {
+	if t.made += n; t.made > t.limits.Entries {
+		return exceeded("more than %d entries and directories implied by them", t.limits.Entries)
+	}
+	return nil
+}
+
+// retain counts a name that is kept in memory, with what the map around it takes.
+func (t *tree) retain(name string) error {
+	if t.retained += int64(len(name)) + 64; t.retained > t.limits.NameBytes {
+		return exceeded("more than %d bytes of names to remember", t.limits.NameBytes)
+	}
+	return nil
+}
+
+// parents makes what is missing above name; it returns the real name of what
+// lies there, and the directories made.
+func (t *tree) parents(name string) (real string, made []string, err error) {
+	dir := path.Dir(name)
+	made, err = t.root.MkdirAll(dir, 0o755)
+	for _, m := range made {
+		if err := errors.Join(t.count(1), t.newDir(m, nil)); err != nil {
+			return "", made, err
+		}
+	}
+	if err != nil {
+		return "", made, err
+	}
+	if dir, err = t.root.Real(dir); err != nil {
+		return "", made, err
+	}
+	return path.Join(dir, path.Base(name)), made, nil
+}
+
+// newDir counts a directory that was made, and keeps the times of its entry.
+func (t *tree) newDir(real string, e *entry) error {
+	st, err := t.root.Lstat(real)
+	if err != nil {
+		return err
+	}
+	t.usage.Inodes++
+	t.usage.Size += st.Blocks * 512
+	t.few.dir(real)
+	t.few.dir(path.Dir(real))
+	if d := t.dirs[real]; d != nil { // it was there before, and was removed
+		*d = dirTimes{blocks: st.Blocks}
+	}
+	return t.times(real, st.Blocks, e)
+}
+
+// times keeps the times of a directory's entry until the end.
+func (t *tree) times(real string, blocks int64, e *entry) error {
+	d, ok := t.dirs[real]
+	if !ok {
+		if err := t.retain(real); err != nil {
+			return err
+		}
+		d = &dirTimes{blocks: blocks}
+		t.dirs[real] = d
+	}
+	if e != nil {
+		d.explicit, d.atime, d.mtime = true, e.atime, e.mtime
+	}
+	return nil
+}
+
+// clear removes what stands in the way of an entry, and reports whether a
+// directory is there that the entry merges with, or whether something else was.
+func (t *tree) clear(real string, kind byte) (merge, replaced bool, err error) {
+	st, err := t.root.Lstat(real)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, false, nil
+	}
+	if err != nil {
+		return false, false, err
+	}
+	if isDir(st) && kind == tar.TypeDir {
+		return true, false, nil
+	}
+	return false, true, t.remove(real)
+}
+
+// remove removes a subtree.
+func (t *tree) remove(real string) error {
+	got, err := t.root.RemoveAll(real)
+	t.usage.Inodes -= got.Inodes
+	t.usage.Size -= got.Bytes
+	t.few.dir(path.Dir(real))
+	return err
+}
+
+// write makes the object of an entry whose name is free (or, for a directory,
+// may be there already); hard links are the emitters'.
+func (t *tree) write(real string, e *entry, merge bool, body io.Reader) error {
+	if e.kind == tar.TypeReg {
+		return t.writeFile(real, e, body)
+	}
+	var err error
+	switch e.kind {
+	case tar.TypeDir:
+		if !merge {
+			err = t.root.Mkdir(real, 0o700)
+		}
+	case tar.TypeSymlink:
+		err = t.root.Symlink(e.link, real)
+	case tar.TypeChar:
+		err = t.root.Mknod(real, unix.S_IFCHR, e.dev)
+	case tar.TypeBlock:
+		err = t.root.Mknod(real, unix.S_IFBLK, e.dev)
+	case tar.TypeFifo:
+		err = t.root.Mknod(real, unix.S_IFIFO, 0)
+	}
+	if err != nil {
+		return err
+	}
+	st, err := t.attributes(real, e.attributes)
+	if err != nil {
+		return err
+	}
+	switch {
+	case e.kind == tar.TypeDir && merge:
+		t.few.dir(real)
+		return t.times(real, st.Blocks, e)
+	case e.kind == tar.TypeDir:
+		return t.newDir(real, e)
+	}
+	t.usage.Inodes++
+	t.usage.Size += st.Blocks * 512
+	t.few.dir(path.Dir(real))
+	return nil
+}
+
+// attributes sets those of an object that is there, and says what it is now.
+func (t *tree) attributes(real string, a attributes) (unix.Stat_t, error) {
+	n, err := t.root.Node(real)
+	if err != nil {
+		return unix.Stat_t{}, err
+	}
+	defer n.Close()
+	st, err := n.Stat()
+	if err != nil {
+		return st, err
+	}
+	if err := a.set(n, kindOf(st), t.private); err != nil {
+		return st, err
+	}
+	return n.Stat()
+}
+
+func (t *tree) writeFile(real string, e *entry, body io.Reader) error {
+	f, err := t.root.Create(real)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	var to io.Writer = f
+	if e.sparse {
+		to = &holeWriter{file: f}
+	}
+	n, err := io.CopyBuffer(onlyWriter{to}, onlyReader{body}, t.buf)
+	if err != nil {
+		return err
+	}
+	if n != e.size {
+		return io.ErrUnexpectedEOF
+	}
+	if e.sparse {
+		if err := f.Truncate(e.size); err != nil {
+			return err
+		}
+	}
+	if err := e.set(&f.Node, e.kind, t.private); err != nil {
+		return err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if n > 0 {
+		durable.StartWriteback(f.Fd())
+	}
+	t.usage.Inodes++
+	t.usage.Size += st.Blocks * 512
+	t.files++
+	t.bytes += n
+	t.few.file(real)
+	t.few.dir(path.Dir(real))
+	return nil
+}
+
+// settle gives the directories their times, now that nothing is written into
+// them any more, and counts what they have grown.
+func (t *tree) settle() error {
+	for _, real := range slices.Sorted(maps.Keys(t.dirs)) {
+		d := t.dirs[real]
+		st, ok, err := t.still(real)
+		if err != nil {
+			return err
+		}
+		if !ok || !isDir(st) {
+			continue // removed again
+		}
+		t.usage.Size += (st.Blocks - d.blocks) * 512
+		if d.explicit {
+			n, err := t.root.Node(real)
+			if err != nil {
+				return err
+			}
+			err = n.Utimes(d.atime, d.mtime)
+			n.Close()
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// still describes what a real name is now; ok is false if there is nothing, or
+// it can only be reached through a link that took the place of a directory.
+func (t *tree) still(real string) (st unix.Stat_t, ok bool, err error) {
+	dir, err := t.root.Real(path.Dir(real))
+	if err == nil && dir == path.Dir(real) {
+		if st, err = t.root.Lstat(real); err == nil {
+			return st, true, nil
+		}
+	}
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		err = nil
+	}
+	return st, false, err
+}
+
+// result fills in what was counted.
+func (t *tree) result(res *Result) {
+	res.Usage, res.Files, res.Bytes = t.usage, t.files, t.bytes
+}
+
+// holeWriter leaves holes where whole blocks are zero.
+type holeWriter struct{ file *inroot.File }
+
+const holeBlock = 4096
+
+var zeros [holeBlock]byte
+
+func (h *holeWriter) Write(p []byte) (int, error) {
+	done := 0
+	for done < len(p) {
+		n := 0 // how far data goes
+		for done+n < len(p) {
+			block := p[done+n : min(done+n+holeBlock, len(p))]
+			if string(block) == string(zeros[:len(block)]) {
+				break
+			}
+			n += len(block)
+		}
+		if n > 0 {
+			if _, err := h.file.Write(p[done : done+n]); err != nil {
+				return done, err
+			}
+			done += n
+			continue
+		}
+		n = min(holeBlock, len(p)-done)
+		if err := h.file.Skip(int64(n)); err != nil {
+			return done, err
+		}
+		done += n
+	}
+	return done, nil
+}
+
+// onlyWriter and onlyReader keep io.CopyBuffer to the buffer that it is given.
+type (
+	onlyWriter struct{ io.Writer }
+	onlyReader struct{ io.Reader }
+)
+
+func isDir(st unix.Stat_t) bool { return st.Mode&unix.S_IFMT == unix.S_IFDIR }
+
+// kindOf is the archive's type of what st describes.
+func kindOf(st unix.Stat_t) byte {
+	switch st.Mode & unix.S_IFMT {
+	case unix.S_IFDIR:
+		return tar.TypeDir
+	case unix.S_IFREG:
+		return tar.TypeReg
+	case unix.S_IFLNK:
+		return tar.TypeSymlink
+	case unix.S_IFCHR:
+		return tar.TypeChar
+	case unix.S_IFBLK:
+		return tar.TypeBlock
+	}
+	return tar.TypeFifo
+}
