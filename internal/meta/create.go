@@ -1,7 +1,6 @@
 package meta
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -230,18 +229,20 @@ func (s Snapshots) pinCreated(created []Created) (release func()) {
 // written to it must be synced (inv 1). ErrAlreadyExists when name exists: it is leased. ErrNotFound,
 // ErrInvalidArgument.
 func (s Snapshots) Commit(ctx context.Context, name, key, parent string, labels map[string]string) error {
-	if err := s.leaseExisting(ctx, snapshot.New{Key: name}); err != nil {
-		return err
+	for {
+		if err := s.leaseExisting(ctx, snapshot.New{Key: name}); err != nil {
+			return err
+		}
+		created, release, err := s.CommitChain(ctx, snapshot.Commit{Key: key, Name: name, Parent: parent, Labels: labels})
+		if errdefs.IsAlreadyExists(err) {
+			continue // since that look; it may even be gone again
+		}
+		if err != nil {
+			return err
+		}
+		defer release()
+		return s.sp.Update(ctx, func(tx *Tx) error { return tx.recordOrLease(created[0]) })
 	}
-	created, release, err := s.CommitChain(ctx, snapshot.Commit{Key: key, Name: name, Parent: parent, Labels: labels})
-	if errdefs.IsAlreadyExists(err) { // since the first look
-		return cmp.Or(s.leaseExisting(ctx, snapshot.New{Key: name}), err)
-	}
-	if err != nil {
-		return err
-	}
-	defer release()
-	return s.sp.Update(ctx, func(tx *Tx) error { return tx.recordOrLease(created[0]) })
 }
 
 // CommitChain does the driver's part for a chain of active snapshots, bottom
@@ -272,6 +273,9 @@ func (s Snapshots) CommitChain(ctx context.Context, steps ...snapshot.Commit) (c
 	release = s.pinCreated(created)
 	if err := s.driver.CommitChain(ctx, theirs...); err != nil {
 		release()
+		if errdefs.IsAlreadyExists(err) { // a new key, which no name of the caller's is
+			return nil, nil, fmt.Errorf("snapshotter %s: %v: %w", s.name, err, errdefs.ErrUnknown)
+		}
 		return nil, nil, fmt.Errorf("commit snapshots: %w", err)
 	}
 	if err := fault.Point("meta.snapshot.committed"); err != nil {
