@@ -55,7 +55,10 @@ func (r *run) claim(ctx context.Context, plan image.Image) (claims []*claim, err
 	if err := r.docs.write(ctx); err != nil {
 		return claims, err
 	}
-	for _, j := range led {
+	for i, j := range led {
+		if i > 0 {
+			j.before = led[i-1]
+		}
 		r.p.jobs.Go(j.run)
 	}
 	return claims, nil
@@ -125,15 +128,19 @@ func (r *run) missing(ctx context.Context, claims []*claim) (todo, present []*jo
 }
 
 // createActives makes the snapshots that the layers are unpacked into, if the
-// driver gives parents at commit; with others it has to wait for the parent.
+// driver gives parents at commit; with others all but the bottom layer have to
+// wait for their parent.
 func (r *run) createActives(ctx context.Context, led []*job) ([]meta.Created, func(), error) {
-	if !r.snaps.Traits().Rebase || r.req.NoUnpack || len(led) == 0 {
-		return nil, func() {}, nil
-	}
 	var news []snapshot.New
 	for _, j := range led {
+		if r.req.NoUnpack || !r.snaps.Traits().Rebase && j.parent != nil {
+			continue
+		}
 		j.active = j.newKey()
 		news = append(news, snapshot.New{Key: j.active, Kind: snapshot.KindActive, Labels: j.labels()})
+	}
+	if len(news) == 0 {
+		return nil, func() {}, nil
 	}
 	made, release, err := r.snaps.Create(ctx, news...)
 	if release == nil {
@@ -146,9 +153,12 @@ func (r *run) createActives(ctx context.Context, led []*job) ([]meta.Created, fu
 // come has a record before its first byte (inv 3).
 func (r *run) recordClaim(ctx context.Context, led, present []*job, made []meta.Created) error {
 	return r.sp.Update(ctx, func(tx *meta.Tx) error {
-		for _, desc := range r.docs.missing {
-			if err := r.holdBlob(tx, desc); err != nil {
+		r.docs.missing = nil
+		for _, desc := range r.docs.read {
+			if held, err := r.holdBlob(tx, desc); err != nil {
 				return err
+			} else if !held {
+				r.docs.missing = append(r.docs.missing, desc)
 			}
 		}
 		for _, j := range present {
@@ -157,7 +167,7 @@ func (r *run) recordClaim(ctx context.Context, led, present []*job, made []meta.
 			}
 		}
 		for _, j := range led {
-			if err := r.holdBlob(tx, j.layer.Desc); err != nil {
+			if _, err := r.holdBlob(tx, j.layer.Desc); err != nil {
 				return err
 			}
 		}

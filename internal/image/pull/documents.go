@@ -3,6 +3,7 @@ package pull
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -24,9 +25,13 @@ type documents struct {
 	repo *registry.Repository
 	docs map[string][]byte // by digest
 
-	missing []oci.Descriptor // fetched, and not in the store yet; in order
+	read    []oci.Descriptor // in order
+	missing []oci.Descriptor // those of them that the namespace hasn't, as T2 saw it
 	writers []*meta.Writer
 	sealing []oci.Descriptor
+
+	sealed   []meta.Sealed
+	releases []func() // of what is sealed
 }
 
 // ReadDocument implements image.Documents: from the store if it is there,
@@ -42,12 +47,12 @@ func (d *documents) ReadDocument(ctx context.Context, desc oci.Descriptor) ([]by
 		} else {
 			err = nil
 		}
-		d.missing = append(d.missing, desc)
 	}
 	if err != nil {
 		return nil, err
 	}
 	d.docs[desc.Digest.String()] = doc
+	d.read = append(d.read, desc)
 	return doc, nil
 }
 
@@ -58,7 +63,7 @@ func (d *documents) kept(ctx context.Context, desc oci.Descriptor) []byte {
 	if err != nil || st.Offset != desc.Size || desc.Size > oci.MaxDocument {
 		return nil
 	}
-	w, err := openWriter(ctx, d.sp, desc)
+	w, err := d.sp.OpenWriter(ctx, oci.Key(desc), meta.WriterOptions{Total: desc.Size, Expected: desc.Digest})
 	if err != nil {
 		return nil
 	}
@@ -84,29 +89,40 @@ func (d *documents) fetch(ctx context.Context, desc oci.Descriptor) ([]byte, err
 	if int64(len(desc.Data)) == desc.Size && desc.Size > 0 && desc.Digest.Algorithm().FromBytes(desc.Data) == desc.Digest {
 		return desc.Data, nil
 	}
-	for try := 0; ; try++ {
-		body, err := d.repo.Fetch(ctx, desc, 0)
-		if err != nil {
-			return nil, err
-		}
-		doc, err := io.ReadAll(io.LimitReader(body, oci.MaxDocument+1))
-		host := body.Host()
-		body.Close()
-		if err != nil {
-			return nil, err
-		}
-		if int64(len(doc)) == desc.Size && desc.Digest.Algorithm().FromBytes(doc) == desc.Digest {
-			return doc, nil
-		}
-		if d.repo.Distrust(host); try == maxLies {
-			return nil, lie(host, desc.Digest, desc.Digest.Algorithm().FromBytes(doc))
-		}
+	doc, first := d.fetchOnce(ctx, desc)
+	l, isLie := errors.AsType[*lied](first)
+	if !isLie {
+		return doc, first
 	}
+	d.repo.Distrust(l.host)
+	doc, err := d.fetchOnce(ctx, desc)
+	if err != nil {
+		return nil, again(first, err)
+	}
+	return doc, nil
 }
 
-// maxLies is how many more times a descriptor is fetched after bytes that
-// don't match it.
-const maxLies = 1
+// fetchOnce reads a document from the first host that answers; the error is a
+// *lied if that sent other bytes.
+func (d *documents) fetchOnce(ctx context.Context, desc oci.Descriptor) ([]byte, error) {
+	body, err := d.repo.Fetch(ctx, desc, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	doc, err := io.ReadAll(io.LimitReader(body, oci.MaxDocument+1))
+	if err != nil {
+		return nil, err
+	}
+	if got := desc.Digest.Algorithm().FromBytes(doc); got != desc.Digest || int64(len(doc)) != desc.Size {
+		return nil, &lied{body.Host(), lie(body.Host(), desc.Digest, got)}
+	}
+	return doc, nil
+}
+
+// again is the error of a blob that came wrong once, and then failed for
+// another reason or wasn't right either. A third time it isn't asked for.
+func again(first, err error) error { return fmt.Errorf("%w (asked again: %w)", first, err) }
 
 func lie(host string, want, got digest.Digest) error {
 	return fmt.Errorf("%s served bytes of digest %s for %s: the registry or a proxy in between damages or changes content: %w",
@@ -145,30 +161,28 @@ func (d *documents) write(ctx context.Context) error {
 	return nil
 }
 
-// seal moves the written documents to their place, ready to be recorded.
-// release must be called in any case.
-func (d *documents) seal(ctx context.Context) (sealed []meta.Sealed, release func(), err error) {
-	var releases []func()
-	release = func() {
-		for _, f := range releases {
-			f()
-		}
-	}
-	for i, w := range d.writers {
-		s, f, err := w.Seal(ctx, d.sealing[i].Size, d.sealing[i].Digest, sealDurably)
+// seal moves the written documents to their place, ready to be recorded. They
+// are pinned until close.
+func (d *documents) seal(ctx context.Context) error {
+	for len(d.writers) > 0 {
+		desc := d.sealing[len(d.sealed)]
+		s, release, err := d.writers[0].Seal(ctx, desc.Size, desc.Digest, sealDurably)
+		d.writers = d.writers[1:]
 		if err != nil {
-			return nil, release, fmt.Errorf("document %s: %w", d.sealing[i].Digest, err)
+			return fmt.Errorf("document %s: %w", desc.Digest, err)
 		}
-		sealed, releases = append(sealed, s), append(releases, f)
+		d.sealed, d.releases = append(d.sealed, s), append(d.releases, release)
 	}
-	d.writers = nil
-	return sealed, release, nil
+	return nil
 }
 
-// close lets go of the ingests that were not sealed.
+// close lets go of the ingests that were not sealed, and of what was.
 func (d *documents) close() {
 	for _, w := range d.writers {
 		w.Close()
 	}
-	d.writers = nil
+	for _, release := range d.releases {
+		release()
+	}
+	d.writers, d.releases = nil, nil
 }

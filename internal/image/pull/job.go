@@ -35,15 +35,18 @@ type job struct {
 	key    layerKey
 	layer  image.Layer
 	parent *job // nil for the bottom layer
+	before *job // started before this one by the same pull, or nil
 	active string
 
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
 	queuedOnce sync.Once
+	begun      chan struct{} // closed when it has a download slot, or needs none for now
 	queued     chan struct{} // closed when in the committer's queue, or done
-	done       chan struct{} // closed when err is set
+	done       chan struct{} // closed when err and fetched are set
 	err        error
+	fetched    bool // it wasn't here before
 
 	mu     sync.Mutex
 	claims []*claim
@@ -60,10 +63,11 @@ func (p *Puller) join(r *run, key layerKey, l image.Layer, parent *job) (c *clai
 	j := p.layers[key]
 	led := j == nil
 	if led {
-		j = &job{by: r, key: key, layer: l, parent: parent, queued: make(chan struct{}), done: make(chan struct{})}
+		j = &job{by: r, key: key, layer: l, parent: parent,
+			begun: make(chan struct{}), queued: make(chan struct{}), done: make(chan struct{})}
 		j.ctx, j.cancel = context.WithCancelCause(context.Background())
 		if p.closed {
-			j.cancel(errors.New("the daemon is stopping"))
+			j.cancel(errStopping)
 		}
 		p.layers[key] = j
 		p.live[r.sp.Lease()]++
@@ -128,6 +132,7 @@ func (j *job) finish(err error) {
 // run does the work and settles the job.
 func (j *job) run() {
 	err := j.work(j.ctx)
+	j.fetched = err == nil
 	if err != nil {
 		j.dropActive()
 		err = fmt.Errorf("layer %s: %w", j.layer.Desc.Digest, err)
@@ -155,29 +160,65 @@ func (j *job) dropActive() {
 // thrown away, snapshot and all, and fetched once more from elsewhere.
 func (j *job) work(ctx context.Context) error {
 	j.report(Event{Stage: StageWaiting, Desc: j.layer.Desc})
-	select {
-	case j.by.slots <- struct{}{}:
-	case <-ctx.Done():
-		return context.Cause(ctx)
+	free, err := j.takeSlot(ctx)
+	if err != nil {
+		return err
 	}
-	free := sync.OnceFunc(func() { <-j.by.slots })
 	defer free()
-	for try := 0; ; try++ {
-		rd, err := j.land(ctx, free)
-		if err == nil {
-			return j.commit(ctx, rd)
-		}
-		var l *lied
-		if !errors.As(err, &l) || try == maxLies {
-			return err
-		}
+	rd, first := j.land(ctx, free)
+	if l, isLie := errors.AsType[*lied](first); isLie {
 		if l.host != "" {
 			j.by.repo.Distrust(l.host)
 		}
-		if err := j.renew(ctx); err != nil {
-			return err
+		if err = j.renew(ctx); err == nil {
+			rd, err = j.land(ctx, free)
+		}
+		if err != nil {
+			return again(first, err)
+		}
+	} else if first != nil {
+		return first
+	}
+	return j.commit(ctx, rd)
+}
+
+// takeSlot waits for one of the pull's download slots, which layers get in
+// their order. A layer that has the same blob as one below it waits for that
+// first, and then needs no download.
+func (j *job) takeSlot(ctx context.Context) (free func(), err error) {
+	begin := sync.OnceFunc(func() { close(j.begun) })
+	defer begin()
+	if j.before != nil {
+		select {
+		case <-j.before.begun:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
 		}
 	}
+	if twin := j.twin(); twin != nil {
+		begin()
+		select {
+		case <-twin.done:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	select {
+	case j.by.slots <- struct{}{}:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	return sync.OnceFunc(func() { <-j.by.slots }), nil
+}
+
+// twin is the nearest layer below that has the same blob.
+func (j *job) twin() *job {
+	for p := j.parent; p != nil; p = p.parent {
+		if p.layer.Desc.Digest == j.layer.Desc.Digest {
+			return p
+		}
+	}
+	return nil
 }
 
 // renew replaces the active snapshot, into which unverified bytes have gone.
@@ -227,8 +268,10 @@ func (j *job) land(ctx context.Context, free func()) (*ready, error) {
 		if err := j.waitParent(ctx, true); err != nil {
 			return nil, errors.Join(err, src.close())
 		}
-		if err := j.createActive(ctx, j.parentChain()); err != nil {
-			return nil, errors.Join(err, src.close())
+		if j.active == "" {
+			if err := j.createActive(ctx, j.parentChain()); err != nil {
+				return nil, errors.Join(err, src.close())
+			}
 		}
 		if err := src.rewind(); err != nil {
 			return nil, errors.Join(err, src.close())
@@ -261,9 +304,13 @@ func (j *job) unpack(ctx context.Context, src *source, rd *ready) error {
 	if err != nil {
 		return err
 	}
-	res, applyErr := layer.Apply(ctx, src, j.layer.Desc.MediaType, emit, j.by.p.opts.Limits)
-	if applyErr != nil && src.failed() {
-		return applyErr
+	// The end of ctx reaches Apply through src: nobody reads src any more when it returns.
+	res, applyErr := layer.Apply(context.WithoutCancel(ctx), src, j.layer.Desc.MediaType, emit, j.by.p.opts.Limits)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := src.failure(); err != nil {
+		return err
 	}
 	// Whether the archive is bad or its bytes were changed on the way shows only at the end of the blob.
 	if err := src.drain(ctx); err != nil {

@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -101,13 +102,15 @@ func New(db *meta.DB, remote Remote, disks []Disk, opts Options) *Puller {
 		layers: make(map[layerKey]*job), live: make(map[string]int)}
 }
 
+var errStopping = fmt.Errorf("the daemon is stopping; pull again when it is back, and what was fetched is kept: %w", errdefs.ErrUnavailable)
+
 // Close ends the layers that are still being fetched and waits for them. The
 // pulls that wait for them fail.
 func (p *Puller) Close() error {
 	p.mu.Lock()
 	p.closed = true
 	for _, j := range p.layers {
-		j.cancel(errors.New("the daemon is stopping"))
+		j.cancel(errStopping)
 	}
 	p.mu.Unlock()
 	p.jobs.Wait()
@@ -143,10 +146,15 @@ func (p *Puller) Pull(ctx context.Context, sp meta.Space, reference string, req 
 	if err != nil {
 		return meta.Image{}, err
 	}
-	if err := r.layers(ctx, plan); err != nil {
-		return meta.Image{}, err
+	for n := 1; ; n++ {
+		if err := r.layers(ctx, plan); err != nil {
+			return meta.Image{}, err
+		}
+		img, err := r.record(ctx, plan)
+		if !errors.Is(err, errCollected) || n == maxClaims {
+			return img, err
+		}
 	}
-	return r.record(ctx, plan)
 }
 
 // run is the state of one pull.
@@ -164,7 +172,8 @@ type run struct {
 	slots     chan struct{}
 	syncs     []func(context.Context) error
 	ready     committer
-	claimed   bool // T2 is through: there may be bytes worth keeping
+	claimed   bool          // T2 is through: there may be bytes worth keeping
+	foreign   []image.Layer // what other pulls have fetched for this one, under leases of theirs
 }
 
 func (p *Puller) newRun(sp meta.Space, reference string, req Request) (*run, error) {
@@ -191,8 +200,12 @@ func (p *Puller) newRun(sp meta.Space, reference string, req Request) (*run, err
 	return r, nil
 }
 
+// keysAhead is how many keys of snapshots the first transaction sees to, so
+// that T2 needs none before it: two for each layer.
+const keysAhead = 64
+
 // start is T1: from here on the root document may lie on disk (inv 3).
-func (r *run) start(ctx context.Context, target oci.Descriptor) error {
+func (r *run) start(ctx context.Context, target oci.Descriptor) (err error) {
 	if err := oci.Check(target); err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
@@ -203,8 +216,13 @@ func (r *run) start(ctx context.Context, target oci.Descriptor) error {
 	closed := r.p.closed
 	r.p.live[r.sp.Lease()]++
 	r.p.mu.Unlock()
+	defer func() {
+		if err != nil {
+			r.letGo()
+		}
+	}()
 	if closed {
-		return fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable)
+		return errStopping
 	}
 	return r.sp.Update(ctx, func(tx *meta.Tx) error {
 		_, err := tx.CreateLease(meta.Lease{ID: r.sp.Lease(), Labels: map[string]string{
@@ -214,27 +232,31 @@ func (r *run) start(ctx context.Context, target oci.Descriptor) error {
 		if err != nil {
 			return err
 		}
-		return r.holdBlob(tx, target)
+		if !r.req.NoUnpack {
+			if err := tx.ReserveKeys(r.snaps.Driver(), keysAhead); err != nil {
+				return err
+			}
+		}
+		_, err = r.holdBlob(tx, target)
+		return err
 	})
 }
 
 // holdBlob leases a blob that the namespace has, or records the ingest of one
 // that it hasn't.
-func (r *run) holdBlob(tx *meta.Tx, desc oci.Descriptor) error {
-	err := tx.LeaseBlob(desc.Digest)
+func (r *run) holdBlob(tx *meta.Tx, desc oci.Descriptor) (here bool, err error) {
+	err = tx.LeaseBlob(desc.Digest)
 	if errdefs.IsNotFound(err) {
-		return tx.AddIngest(oci.Key(desc), desc.Digest)
+		return false, tx.AddIngest(oci.Key(desc), desc.Digest)
 	}
-	return err
+	return err == nil, err
 }
 
 // end settles what a failed pull leaves. Its lease stays, so that what was
 // fetched can be resumed, unless nothing was or the disk is full.
 func (r *run) end(err *error) {
 	r.docs.close()
-	r.p.mu.Lock()
-	inUse := r.p.letGo(r.sp.Lease())
-	r.p.mu.Unlock()
+	inUse := r.letGo()
 	full := errors.Is(*err, syscall.ENOSPC) || errors.Is(*err, syscall.EDQUOT)
 	if *err == nil || inUse || r.claimed && !full {
 		return
@@ -253,6 +275,13 @@ func (r *run) end(err *error) {
 	}
 }
 
+// letGo ends this pull's own use of its lease.
+func (r *run) letGo() (inUse bool) {
+	r.p.mu.Lock()
+	defer r.p.mu.Unlock()
+	return r.p.letGo(r.sp.Lease())
+}
+
 // letGo ends one use of a lease and reports whether others go on. p.mu is held.
 func (p *Puller) letGo(lease string) (inUse bool) {
 	p.live[lease]--
@@ -268,11 +297,14 @@ func (p *Puller) letGo(lease string) (inUse bool) {
 // this one takes the layer over.
 func (r *run) layers(ctx context.Context, plan image.Image) error {
 	for n := 1; ; n++ {
-		jobs, err := r.claim(ctx, plan)
+		claims, err := r.claim(ctx, plan)
 		if err != nil {
 			return err
 		}
-		foreign, err := r.wait(ctx, jobs)
+		foreign, err := r.wait(ctx, claims)
+		if err == nil {
+			r.foreign = fetchedByOthers(claims)
+		}
 		if err == nil || !foreign || n == maxClaims || ctx.Err() != nil {
 			return err
 		}
@@ -282,18 +314,23 @@ func (r *run) layers(ctx context.Context, plan image.Image) error {
 // wait returns when all jobs are done or one has failed, and has left them
 // all; those that nobody else wants have then stopped. foreign says that a job
 // led by another pull failed.
-func (r *run) wait(ctx context.Context, jobs []*claim) (foreign bool, err error) {
+func (r *run) wait(ctx context.Context, claims []*claim) (foreign bool, err error) {
 	defer func() {
-		for _, c := range jobs {
+		for _, c := range claims {
 			if last := c.job.leave(c); last && c.led {
 				defer func() { <-c.job.done }()
 			}
 		}
 	}()
-	for _, c := range jobs {
+	settled := make(chan *claim, len(claims))
+	for _, c := range claims {
+		go func() { <-c.job.done; settled <- c }()
+	}
+	for range claims {
 		select {
-		case <-c.job.done:
+		case c := <-settled:
 			if c.job.err != nil {
+				c = culprit(claims)
 				return !c.led, c.job.err
 			}
 		case <-ctx.Done():
@@ -303,13 +340,38 @@ func (r *run) wait(ctx context.Context, jobs []*claim) (foreign bool, err error)
 	return false, nil
 }
 
+// culprit is the lowest of the layers that have failed: those above it fail
+// for its sake, and after it.
+func culprit(claims []*claim) *claim {
+	return claims[slices.IndexFunc(claims, func(c *claim) bool {
+		select {
+		case <-c.job.done:
+			return c.job.err != nil
+		default:
+			return false
+		}
+	})]
+}
+
+// fetchedByOthers lists the layers that no lease of this pull holds.
+func fetchedByOthers(claims []*claim) (layers []image.Layer) {
+	for _, c := range claims {
+		if !c.led && c.job.fetched {
+			layers = append(layers, c.job.layer)
+		}
+	}
+	return layers
+}
+
+// errCollected says that a layer, which another pull had fetched, was removed
+// with that pull's image before this one could record its own.
+var errCollected = errors.New("removed in the meantime")
+
 // record is T4: the documents, whose bytes are synced one by one, the image's
 // name, and the end of this pull's lease and of those that earlier, failed
 // pulls of the same image have left.
 func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) {
-	sealed, release, err := r.docs.seal(ctx)
-	defer release()
-	if err != nil {
+	if err := r.docs.seal(ctx); err != nil {
 		return meta.Image{}, err
 	}
 	stale, err := r.staleLeases(ctx)
@@ -318,7 +380,10 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 	}
 	var img meta.Image
 	err = r.sp.Update(ctx, func(tx *meta.Tx) error {
-		for _, s := range sealed {
+		if err := r.checkForeign(tx, plan); err != nil {
+			return err
+		}
+		for _, s := range r.docs.sealed {
 			if err := tx.RecordBlob(s, nil); err != nil {
 				return err
 			}
@@ -341,6 +406,24 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 		r.report(Event{Stage: StageDone, Desc: plan.Target()})
 	}
 	return img, err
+}
+
+// checkForeign makes sure that all is still there that no lease of this pull
+// has held: from this transaction on the image holds it.
+func (r *run) checkForeign(tx *meta.Tx, plan image.Image) error {
+	for _, l := range r.foreign {
+		_, err := tx.Blob(l.Desc.Digest)
+		if err == nil && !r.req.NoUnpack {
+			err = tx.LeaseSnapshot(r.snaps.Driver(), l.ChainID.String())
+		}
+		if errdefs.IsNotFound(err) {
+			return fmt.Errorf("layer %s: %w", l.Desc.Digest, errCollected)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // labelDocuments ties the image's documents to what they need, and to where

@@ -2,9 +2,11 @@ package pull
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -40,8 +42,18 @@ func (l *lied) Unwrap() error { return l.err }
 
 // openWriter opens the ingest of desc; errdefs.ErrAlreadyExists says that the
 // namespace has it, and that it is leased now.
+//
+// Somebody else may be writing it: a client, or a pull that has the same blob
+// in another place, over other layers. To wait for a blob that somebody holds
+// who waits for a layer of ours would be a deadlock, so such a blob is
+// written twice, under a name of its own.
 func openWriter(ctx context.Context, sp meta.Space, desc oci.Descriptor) (*meta.Writer, error) {
-	return sp.OpenWriter(ctx, oci.Key(desc), meta.WriterOptions{Total: desc.Size, Expected: desc.Digest})
+	opts := meta.WriterOptions{Total: desc.Size, Expected: desc.Digest}
+	w, err := sp.OpenWriter(ctx, oci.Key(desc), opts)
+	if errdefs.IsUnavailable(err) {
+		return sp.OpenWriter(ctx, oci.Key(desc)+"-"+strings.ToLower(rand.Text()[:8]), opts)
+	}
+	return w, err
 }
 
 func (j *job) openSource(ctx context.Context) (*source, error) {
@@ -125,9 +137,8 @@ func (s *source) fetch(p []byte) (int, error) {
 	return 0, fmt.Errorf("%s: %w", s.body.Host(), err)
 }
 
-// failed reports whether an error came from this side, and not from what the
-// bytes mean.
-func (s *source) failed() bool { return s.err != nil }
+// failure is what went wrong on this side, and not with what the bytes mean.
+func (s *source) failure() error { return s.err }
 
 // drain reads what is left and verifies the whole blob (inv 8). When the
 // bytes are not what the descriptor promises they are thrown away: the error
@@ -151,17 +162,20 @@ func (s *source) drain(ctx context.Context) error {
 	return s.reject(got)
 }
 
+// reject throws the bytes away and says whose they were. If some were here
+// before, nobody knows which are the wrong ones, and nobody is blamed.
 func (s *source) reject(got digest.Digest) error {
-	host := "an earlier, interrupted pull"
-	if s.body != nil {
+	host, who := "", "an earlier, interrupted pull"
+	switch {
+	case s.here == 0:
 		host = s.body.Host()
+		who = host
+	case s.body != nil:
+		who += " and " + s.body.Host()
 	}
-	err := lie(host, s.job.layer.Desc.Digest, got)
+	err := lie(who, s.job.layer.Desc.Digest, got)
 	if e := s.writer.Truncate(0); e != nil {
 		return errors.Join(err, e)
-	}
-	if s.body == nil {
-		host = ""
 	}
 	return &lied{host, err}
 }
