@@ -17,7 +17,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
 UNIT := ./cmd/... ./internal/... ./proto/...
 
-.PHONY: all build vet lint unit e2e compat crash bench setup quickstart test arm64 clean
+.PHONY: all build vet lint unit e2e compat crash crash-first bench setup proto quickstart test arm64 clean
 
 all: build vet lint unit
 
@@ -43,6 +43,9 @@ compat:
 	cd test/compat && go test $(V) -count=1 -timeout 15m ./...
 
 crash:
+	go test $(V) -count=1 -timeout 30m -tags fault ./test/crash -args -thorough
+
+crash-first:
 	go test $(V) -count=1 -timeout 15m -tags fault ./test/crash/...
 
 bench:
@@ -51,6 +54,9 @@ bench:
 setup:
 	scripts/setup test
 
+proto:
+	scripts/proto
+
 quickstart:
 	scripts/setup run
 	$(MAKE) --no-print-directory build
@@ -58,7 +64,7 @@ quickstart:
 
 test: setup
 	$(MAKE) --no-print-directory build vet lint
-	$(MAKE) --no-print-directory unit e2e compat crash
+	$(MAKE) --no-print-directory unit e2e compat crash-first
 
 arm64:
 	GOARCH=arm64 go build ./...

@@ -16,8 +16,7 @@ import (
 )
 
 const (
-	sampleCuts   = 24
-	thoroughCuts = 200
+	cutCount = 200
 
 	diskSize = 128 << 20
 
@@ -50,11 +49,7 @@ func TestPowerCut(t *testing.T) {
 	reg := harness.NewRegistry(t)
 	img := harness.NewImage(t, harness.Random(seed, 3)...)
 	rec := record(t, reg, img, reg.Push(img, "cut"))
-	n := sampleCuts
-	if *thorough {
-		n = thoroughCuts
-	}
-	cuts := chooseCuts(rec.disk.Log(t), rec.start, rec.end, n, seed)
+	cuts := chooseCuts(rec.disk.Log(t), rec.start, rec.end, cutCount, seed)
 	t.Logf("%d records, pull done after %d; %d cuts", rec.end-rec.start, rec.done-rec.start, len(cuts))
 	t.Run("at", func(t *testing.T) {
 		for _, cut := range cuts {

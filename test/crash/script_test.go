@@ -12,11 +12,13 @@ import (
 
 	content "github.com/containerd/containerd/api/services/content/v1"
 	diff "github.com/containerd/containerd/api/services/diff/v1"
+	introspection "github.com/containerd/containerd/api/services/introspection/v1"
 	namespaces "github.com/containerd/containerd/api/services/namespaces/v1"
 	snapshots "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/api/types"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/holdfast-dev/holdfast/test/harness"
 )
@@ -83,6 +85,10 @@ var steps = []struct {
 	{"snapshots", (*script).snapshots},
 	{"content", (*script).content},
 	{"namespaces", (*script).namespaces},
+	{"identity", func(s *script, ctx context.Context) error {
+		_, err := introspection.NewIntrospectionClient(s.daemon.Conn).Server(ctx, &emptypb.Empty{})
+		return err
+	}},
 	{"orderly restart", func(s *script, ctx context.Context) error {
 		s.stopped = true
 		s.daemon.Stop(s.t)
