@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -380,6 +381,7 @@ func (d *daemon) mustBeSound(t testing.TB) {
 	if d.kind != ours {
 		return
 	}
+	d.collect(t)
 	if err := d.holdfast.Check(); err != nil {
 		t.Errorf("the store is not sound: %v", err)
 	}
@@ -443,5 +445,18 @@ func archiveEntries(archive string) (string, error) {
 			fmt.Fprintf(&b, " %s", h.ModTime.UTC())
 		}
 		b.WriteByte('\n')
+	}
+}
+
+// collect has the daemon collect, and waits for it.
+func (d *daemon) collect(t testing.TB) {
+	t.Helper()
+	service, ctx := d.client.LeasesService(), in(t, "default")
+	l, err := service.Create(ctx, leases.WithRandomID())
+	if err == nil {
+		err = service.Delete(ctx, l, leases.SynchronousDelete)
+	}
+	if err != nil {
+		t.Errorf("collect in %s: %v", d.kind, err)
 	}
 }

@@ -30,6 +30,7 @@ type tree map[string]node
 
 // node is one file of a tree.
 type node struct {
+	dir   bool
 	what  string // type, mode, owner, device, content, attributes and hard links, as text
 	mtime time.Time
 }
@@ -41,7 +42,7 @@ const ghost = "listed, and not there"
 // readTree reads the tree below dir.
 func readTree(dir string) (tree, error) {
 	read := make(tree)
-	links := make(map[uint64]string) // inode to the first name of it
+	names := make(map[uint64][]string) // of each inode
 	err := filepath.WalkDir(dir, func(name string, entry fs.DirEntry, err error) error {
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
@@ -67,18 +68,22 @@ func readTree(dir string) (tree, error) {
 			return err
 		}
 		what += content + attributes
-		if st.Mode&unix.S_IFMT != unix.S_IFDIR {
-			if st.Nlink > 1 {
-				first, ok := links[st.Ino]
-				if !ok {
-					first, links[st.Ino] = rel, rel
-				}
-				what += fmt.Sprintf(" one of %d at %q", st.Nlink, first)
-			}
+		if !entry.IsDir() {
+			names[st.Ino] = append(names[st.Ino], rel)
 		}
-		read[rel] = node{what, time.Unix(st.Mtim.Sec, st.Mtim.Nsec).UTC()}
+		read[rel] = node{entry.IsDir(), what, time.Unix(st.Mtim.Sec, st.Mtim.Nsec).UTC()}
 		return nil
 	})
+	// The number of links that the kernel tells counts names that upper layers hide.
+	for _, links := range names {
+		for _, name := range links {
+			if len(links) > 1 {
+				n := read[name]
+				n.what += fmt.Sprintf(" linked as %q", links)
+				read[name] = n
+			}
+		}
+	}
 	return read, err
 }
 
@@ -132,9 +137,9 @@ func attributesOf(name string) (string, error) {
 	return b.String(), nil
 }
 
-// differences says what got has otherwise, by path. Times are not compared
-// where free says so.
-func (want tree) differences(got tree, free func(name string) bool) map[string]string {
+// differences says what got has otherwise, by path. Times of directories are
+// not compared where timeless says so.
+func (want tree) differences(got tree, timeless func(dir string) bool) map[string]string {
 	lines := make(map[string]string)
 	for name, w := range want {
 		g, ok := got[name]
@@ -143,7 +148,7 @@ func (want tree) differences(got tree, free func(name string) bool) map[string]s
 			lines[name] = fmt.Sprintf("missing, want %s", w.what)
 		case g.what != w.what:
 			lines[name] = fmt.Sprintf("is %s, want %s", g.what, w.what)
-		case !g.mtime.Equal(w.mtime) && (free == nil || !free(name)):
+		case !g.mtime.Equal(w.mtime) && !(w.dir && timeless(name)):
 			lines[name] = fmt.Sprintf("time is %s, want %s", g.mtime.Format(time.RFC3339Nano), w.mtime.Format(time.RFC3339Nano))
 		}
 	}
