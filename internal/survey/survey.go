@@ -1,6 +1,7 @@
 // Package survey joins images, blobs, snapshots, containers, leases and mounts into one picture of who holds what.
 //
-// Containers and mounts join the picture when the daemon runs containers.
+// Of containers there are the records only, which containerd may have left;
+// mounts join the picture when the daemon runs containers.
 package survey
 
 import (
@@ -8,15 +9,16 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 
+	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-dev/holdfast/internal/content"
-	"github.com/holdfast-dev/holdfast/internal/image"
 	"github.com/holdfast-dev/holdfast/internal/meta"
-	"github.com/holdfast-dev/holdfast/internal/oci"
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 )
 
@@ -26,34 +28,35 @@ type Store struct {
 	DB      *meta.DB
 	Content *content.Store
 	Drivers map[string]snapshot.Driver
+	Dirs    map[string]string // of the drivers, by name; default: their places in Root
 }
 
 // Node is one thing of the store.
 type Node struct {
 	Depth   int    // 0 for the root; the parent is the last node before with a depth smaller by one
-	Kind    string // directory, file, blob, ingest, snapshot, image, lease
+	Kind    string // directory, file, blob, ingest, snapshot, image, lease, container
 	Name    string
-	Path    string   // where it lies; "" for what is only a record
+	Path    string   // where it lies; "" for what is only a record, and for a view
 	Size    int64    // bytes on disk; -1 when not known
-	Note    string   // what it is for, in a few words
-	Holders []string // what keeps it, nearest first; empty for what nothing keeps
+	Note    string   // what it is for, in a few words; never ""
+	Holders []string // what keeps it, nearest first; empty for what nothing keeps, and for what keeps itself
 }
 
 // Tree returns the store as it lies on disk, parents before children, with a
-// word on each thing. namespace "" means all; else only what that namespace
-// names is listed.
+// word on each thing. namespace "" means all, and then the notes name the
+// namespaces; else only what that namespace names is listed.
 func Tree(ctx context.Context, s Store, namespace string) ([]Node, error) {
 	dump, err := s.DB.Dump(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("read records: %w", err)
 	}
-	t := tree{store: s, ns: namespace, dump: dump, roles: map[string]string{}, holders: map[string][]string{}}
-	t.explain(ctx)
-	t.add(0, "directory", s.Root, s.Root, -1, "everything that this daemon keeps", nil)
-	if err := t.content(ctx); err != nil {
+	t := tree{store: s, ns: namespace, dump: dump}
+	if err := t.explain(ctx); err != nil {
 		return nil, err
 	}
-	t.metadata()
+	t.add(0, "directory", s.Root, s.Root, -1, "everything that this daemon keeps", nil)
+	t.content(ctx)
+	t.records()
 	if err := t.snapshots(ctx); err != nil {
 		return nil, err
 	}
@@ -62,12 +65,12 @@ func Tree(ctx context.Context, s Store, namespace string) ([]Node, error) {
 
 // tree is one Tree under construction.
 type tree struct {
-	store   Store
-	ns      string
-	dump    meta.Dump
-	roles   map[string]string   // digest or chain ID -> what it is in an image
-	holders map[string][]string // key(...) -> who refers to it
-	nodes   []Node
+	store Store
+	ns    string
+	dump  meta.Dump
+	roles
+	holders
+	nodes []Node
 }
 
 func (t *tree) add(depth int, kind, name, path string, size int64, note string, holders []string) {
@@ -76,96 +79,15 @@ func (t *tree) add(depth int, kind, name, path string, size int64, note string, 
 
 func (t *tree) shown(ns string) bool { return t.ns == "" || t.ns == ns }
 
-// named shows a record's name, with its namespace where several are shown.
-func (t *tree) named(ns, what string) string {
+// in says in which namespace something is, where several are shown.
+func (t *tree) in(ns, what string) string {
 	if t.ns != "" {
 		return what
 	}
-	return what + " in " + ns
+	return what + ", in " + ns
 }
 
-func key(ns, typ, id string) string { return ns + "|" + typ + "|" + id }
-
-func (t *tree) hold(ns, typ, id, holder string) {
-	k := key(ns, typ, id)
-	if !slices.Contains(t.holders[k], holder) {
-		t.holders[k] = append(t.holders[k], holder)
-	}
-}
-
-// explain finds out who holds what, and what each blob and chain is for.
-func (t *tree) explain(ctx context.Context) {
-	for _, l := range t.dump.Leases {
-		for _, r := range l.Resources {
-			t.hold(l.Namespace, r.Type, r.ID, "lease "+l.ID)
-		}
-	}
-	for _, img := range t.dump.Images {
-		t.hold(img.Namespace, "content", img.Target.Digest.String(), "image "+img.Name)
-		t.explainImage(ctx, img)
-	}
-	for _, b := range t.dump.Blobs {
-		t.refer(b.Namespace, t.role(b.Digest.String(), "blob ")+short(b.Digest), b.Labels)
-	}
-	for _, s := range t.dump.Snapshots {
-		if s.Parent != "" {
-			t.hold(s.Namespace, "snapshots/"+s.Driver, s.Parent, "snapshot "+brief(s.Key))
-		}
-		t.refer(s.Namespace, "snapshot "+brief(s.Key), s.Labels)
-	}
-	for _, c := range t.dump.Containers {
-		t.hold(c.Namespace, "snapshots/"+c.Driver, c.SnapshotKey, "container "+c.ID)
-		t.refer(c.Namespace, "container "+c.ID, c.Labels)
-	}
-}
-
-func (t *tree) refer(ns, bearer string, labels map[string]string) {
-	for _, ref := range meta.References(labels) {
-		if ref.Direction == meta.Forward {
-			t.hold(ns, ref.Type, ref.ID, bearer)
-		}
-	}
-}
-
-func (t *tree) role(id, fallback string) string {
-	if r := t.roles[id]; r != "" {
-		return r + " "
-	}
-	return fallback
-}
-
-// explainImage names the parts of one image. A part that can't be read has
-// no name then; fsck is there to say so.
-func (t *tree) explainImage(ctx context.Context, img meta.DumpImage) {
-	sp := t.store.DB.Space(img.Namespace)
-	docs := documents{sp}
-	found, err := image.Load(ctx, docs, img.Target, oci.Host())
-	if err != nil {
-		t.roles[img.Target.Digest.String()] = "document"
-		return
-	}
-	for _, d := range found.Path {
-		if oci.IsIndex(d.MediaType) {
-			t.roles[d.Digest.String()] = "index"
-		} else {
-			t.roles[d.Digest.String()] = "manifest"
-		}
-	}
-	t.roles[found.Config.Digest.String()] = "config"
-	for i, l := range found.Layers {
-		name := fmt.Sprintf("layer %d of %d", i+1, len(found.Layers))
-		t.roles[l.Desc.Digest.String()], t.roles[l.ChainID.String()] = name, name+", unpacked"
-	}
-}
-
-type documents struct{ sp meta.Space }
-
-// ReadDocument implements image.Documents.
-func (d documents) ReadDocument(ctx context.Context, desc oci.Descriptor) ([]byte, error) {
-	return d.sp.ReadBlob(ctx, desc, oci.MaxDocument)
-}
-
-func (t *tree) content(ctx context.Context) error {
+func (t *tree) content(ctx context.Context) {
 	dir := filepath.Join(t.store.Root, "io.containerd.content.v1.content")
 	t.add(1, "directory", filepath.Base(dir), dir, -1, "documents and packed layers, as they came from registries", nil)
 	blobs := make(map[digest.Digest][]meta.DumpBlob)
@@ -178,49 +100,78 @@ func (t *tree) content(ctx context.Context) error {
 	for _, dgst := range slices.Sorted(maps.Keys(blobs)) {
 		var holders []string
 		for _, b := range blobs[dgst] {
-			for _, h := range t.holders[key(b.Namespace, "content", dgst.String())] {
-				holders = append(holders, t.named(b.Namespace, h))
+			for _, h := range t.of(b.Namespace, "content", dgst.String()) {
+				if t.ns == "" {
+					h += " in " + b.Namespace
+				}
+				holders = append(holders, h)
 			}
 		}
 		path := filepath.Join(dir, "blobs", dgst.Algorithm().String(), dgst.Encoded())
-		t.add(3, "blob", dgst.String(), path, blobs[dgst][0].Size, cmp.Or(t.roles[dgst.String()], "blob"), holders)
+		note := t.role(blob(dgst.String()), "part of no image that is here")
+		size := fileSize(path)
+		if size < 0 {
+			note += "; its file is gone: run `holdfast store check`"
+		}
+		t.add(3, "blob", dgst.String(), path, size, note, holders)
 	}
+	t.ingests(ctx, dir)
+}
+
+func (t *tree) ingests(ctx context.Context, dir string) {
 	t.add(2, "directory", "ingest", filepath.Join(dir, "ingest"), -1, "half-written downloads, kept to be resumed", nil)
 	for _, in := range t.dump.Ingests {
 		if !t.shown(in.Namespace) {
 			continue
 		}
-		size := int64(-1)
-		if st, err := t.store.DB.Space(in.Namespace).Ingest(ctx, in.Ref); err == nil {
-			size = st.Offset
-		}
 		path := filepath.Join(dir, "ingest", digest.FromString(in.Backend).Encoded())
-		t.add(3, "ingest", in.Ref, path, size, "on its way", t.holders[key(in.Namespace, "ingests", in.Ref)])
+		note, size := "not begun", int64(-1)
+		if in.Expected != "" {
+			note, path = "another namespace has all of it", ""
+		} else if st, err := t.store.Content.Status(in.Backend); err == nil {
+			note, size = "begun", st.Offset
+			if st.Total > 0 {
+				note = fmt.Sprintf("%d of %d bytes are here", st.Offset, st.Total)
+			}
+		}
+		t.add(3, "ingest", in.Ref, path, size, t.in(in.Namespace, note), t.of(in.Namespace, "ingests", in.Ref))
 	}
-	return nil
 }
 
-func (t *tree) metadata() {
+// records lists what is only a name.
+func (t *tree) records() {
 	path := filepath.Join(t.store.Root, "io.containerd.metadata.v1.bolt", "meta.db")
 	t.add(1, "file", "io.containerd.metadata.v1.bolt/meta.db", path, fileSize(path), "the names: images, and what they need", nil)
 	for _, img := range t.dump.Images {
 		if t.shown(img.Namespace) {
-			t.add(2, "image", t.named(img.Namespace, img.Name), "", -1, "stands for "+img.Target.Digest.String(), nil)
+			note := t.in(img.Namespace, "stands for "+img.Target.Digest.String())
+			t.add(2, "image", img.Name, "", -1, note, t.of(img.Namespace, "images", img.Name))
+		}
+	}
+	for _, c := range t.dump.Containers {
+		if t.shown(c.Namespace) {
+			t.add(2, "container", c.ID, "", -1, t.in(c.Namespace, "made from "+cmp.Or(c.Image, "no image")), t.of(c.Namespace, "containers", c.ID))
 		}
 	}
 	for _, l := range t.dump.Leases {
 		if t.shown(l.Namespace) {
-			t.add(2, "lease", t.named(l.Namespace, l.ID), "", -1, leaseNote(l), nil)
+			t.add(2, "lease", l.ID, "", -1, t.in(l.Namespace, leaseNote(l)), nil)
 		}
 	}
 }
 
 func leaseNote(l meta.DumpLease) string {
-	until := l.Labels["containerd.io/gc.expire"]
-	if until == "" {
-		return fmt.Sprintf("holds %d things until it is deleted", len(l.Resources))
+	note := fmt.Sprintf("holds %d things", len(l.Resources))
+	if len(l.Resources) == 1 {
+		note = "holds 1 thing"
 	}
-	return fmt.Sprintf("holds %d things until %s", len(l.Resources), until)
+	if ref := l.Labels["io.holdfast/pull.ref"]; ref != "" {
+		note += " of a pull of " + ref
+	}
+	if until := l.Labels["containerd.io/gc.expire"]; until != "" {
+		return note + " until " + until
+	}
+	return note + " until it is deleted"
 }
 
 func (t *tree) snapshots(ctx context.Context) error {
@@ -230,56 +181,85 @@ func (t *tree) snapshots(ctx context.Context) error {
 			byDriver[s.Driver] = append(byDriver[s.Driver], s)
 		}
 	}
-	for _, name := range slices.Sorted(maps.Keys(t.store.Drivers)) {
-		d := t.store.Drivers[name]
-		dir := "io.containerd.snapshotter.v1." + name
-		t.add(1, "directory", dir, filepath.Join(t.store.Root, dir), -1, fmt.Sprintf("unpacked layers and what is written above them: %d", len(byDriver[name])), nil)
+	names := slices.Collect(maps.Keys(t.store.Drivers))
+	for name := range byDriver {
+		if t.store.Drivers[name] == nil {
+			names = append(names, name) // of containerd's, not configured here
+		}
+	}
+	slices.Sort(names)
+	for _, name := range names {
+		id := "io.containerd.snapshotter.v1." + name
+		dir := cmp.Or(t.store.Dirs[name], filepath.Join(t.store.Root, id))
+		t.add(1, "directory", id, dir, -1, fmt.Sprintf("unpacked layers and what is written above them: %d", len(byDriver[name])), nil)
+		var nodes []Node
 		for _, s := range byDriver[name] {
-			if err := t.snapshot(ctx, d, s); err != nil {
+			if err := context.Cause(ctx); err != nil {
 				return err
 			}
+			nodes = append(nodes, t.snapshot(ctx, t.store.Drivers[name], s))
 		}
+		slices.SortStableFunc(nodes, byAge)
+		t.nodes = append(t.nodes, nodes...)
 	}
 	return nil
 }
 
-func (t *tree) snapshot(ctx context.Context, d snapshot.Driver, s meta.DumpSnapshot) error {
-	if err := context.Cause(ctx); err != nil {
-		return err
+// byAge puts snapshots in the order in which their directories came, so that
+// parents stand above children; those without one come last.
+func byAge(a, b Node) int {
+	if (a.Path == "") != (b.Path == "") {
+		return cmp.Compare(len(b.Path), len(a.Path))
 	}
-	note, size := "gone from the driver: run `holdfast store check`", int64(-1)
-	if info, err := d.Stat(ctx, s.Backend); err == nil {
-		note = cmp.Or(t.roles[s.Key], "layer")
-		switch info.Kind {
-		case snapshot.KindActive:
-			note = "being written"
-		case snapshot.KindView:
-			note = "a read-only view"
-		}
-		if info.Kind == snapshot.KindCommitted {
-			if u, err := d.Usage(ctx, s.Backend); err == nil {
-				size = u.Size
-			}
+	return cmp.Or(cmp.Compare(len(a.Path), len(b.Path)), cmp.Compare(a.Path, b.Path), cmp.Compare(a.Name, b.Name))
+}
+
+func (t *tree) snapshot(ctx context.Context, d snapshot.Driver, s meta.DumpSnapshot) Node {
+	n := Node{Depth: 2, Kind: "snapshot", Name: s.Key, Size: -1, Holders: t.of(s.Namespace, "snapshots/"+s.Driver, s.Key)}
+	if d == nil {
+		n.Note = t.in(s.Namespace, "of a snapshotter that this daemon doesn't offer")
+		return n
+	}
+	info, err := d.Stat(ctx, s.Backend)
+	switch {
+	case errdefs.IsNotFound(err):
+		n.Note = "gone from the snapshotter: run `holdfast store check`"
+	case err != nil:
+		n.Note = "the snapshotter can't tell: " + err.Error()
+	case info.Kind == snapshot.KindActive:
+		n.Note = "being written"
+	case info.Kind == snapshot.KindView:
+		n.Note = "a read-only view"
+	default:
+		n.Note = t.role(unpacked(s.Key), "part of no image that is here")
+		if u, err := d.Usage(ctx, s.Backend); err == nil {
+			n.Size = u.Size // counted when it was committed
 		}
 	}
-	path, err := d.Dir(ctx, s.Backend)
+	if s.Parent != "" && err == nil && info.Kind != snapshot.KindCommitted {
+		n.Note += " above " + brief(s.Parent)
+	}
+	n.Note = t.in(s.Namespace, n.Note)
+	if dir, err := d.Dir(ctx, s.Backend); err == nil {
+		n.Path = dir
+	}
+	return n
+}
+
+// fileSize is a file's length in bytes, -1 if it can't be asked.
+func fileSize(path string) int64 {
+	info, err := os.Stat(path)
 	if err != nil {
-		path = ""
+		return -1
 	}
-	t.add(2, "snapshot", s.Key, path, size, note, t.holders[key(s.Namespace, "snapshots/"+s.Driver, s.Key)])
-	return nil
+	return info.Size()
 }
 
-func short(d digest.Digest) string {
-	if e := d.Encoded(); len(e) > 12 {
-		return e[:12]
+// brief is enough of a digest to know it by; other names stay whole.
+func brief(name string) string {
+	d, err := digest.Parse(name)
+	if err != nil || len(d.Encoded()) <= 12 {
+		return name
 	}
-	return d.Encoded()
-}
-
-func brief(k string) string {
-	if d, err := digest.Parse(k); err == nil {
-		return short(d)
-	}
-	return k
+	return strings.TrimSuffix(d.String(), d.Encoded()[12:])
 }
