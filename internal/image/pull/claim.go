@@ -89,14 +89,16 @@ func (r *run) join(ctx context.Context, plan image.Image) ([]*claim, error) {
 }
 
 // abandon ends the jobs that this pull has made and not started, and leaves
-// the others.
+// the others; those that nobody else wants have then stopped.
 func abandon(claims []*claim, err error) {
 	for _, c := range claims {
 		if c.led {
 			c.job.dropActive()
 			c.job.finish(err)
 		}
-		c.job.leave(c)
+		if last := c.job.leave(c); last {
+			defer func() { <-c.job.done }()
+		}
 	}
 }
 

@@ -2,7 +2,7 @@ package pull
 
 import (
 	"context"
-	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/holdfast-dev/holdfast/internal/content"
@@ -27,6 +27,8 @@ type committer struct {
 	mu    sync.Mutex
 	queue []*ready
 	busy  bool
+
+	failed map[*job]error // used by whoever drains
 }
 
 // ready is a layer whose bytes are all written and verified.
@@ -37,9 +39,22 @@ type ready struct {
 	result layer.Result
 	synced bool // every file and directory was synced by itself
 
+	sealed  *meta.Sealed // the blob, once its bytes have their place
+	release func()       // its pin
+
 	done chan struct{}
 	err  error
 }
+
+// below is the error of a layer that can't be had because the one below it
+// can't.
+type below struct {
+	parent *job
+	err    error
+}
+
+func (b *below) Error() string { return "the layer below: " + b.err.Error() }
+func (b *below) Unwrap() error { return b.err }
 
 // commit returns when rd is recorded, or couldn't be.
 func (c *committer) commit(rd *ready) error {
@@ -68,17 +83,51 @@ func (c *committer) drain() {
 			return
 		}
 		// A batch that has begun is finished even if the pulls that wait for it are gone: it is short, and half of it is worth nothing.
-		err := c.land(context.Background(), batch)
-		for _, rd := range batch {
-			rd.err = err
-			close(rd.done)
+		c.settle(context.Background(), batch)
+	}
+}
+
+// settle lands a batch. When the driver refuses it, its layers are tried one
+// by one: the good ones get in and the bad one is known.
+func (c *committer) settle(ctx context.Context, batch []*ready) {
+	batch = slices.DeleteFunc(batch, func(rd *ready) bool {
+		err := c.failed[rd.job.parent]
+		if err != nil {
+			c.finish(rd, &below{rd.job.parent, err})
+		}
+		return err != nil
+	})
+	refused, err := c.land(ctx, batch)
+	for _, rd := range batch {
+		if refused && len(batch) > 1 {
+			c.settle(ctx, []*ready{rd})
+		} else {
+			c.finish(rd, err)
 		}
 	}
 }
 
+func (c *committer) finish(rd *ready, err error) {
+	if err != nil {
+		if c.failed == nil {
+			c.failed = make(map[*job]error)
+		}
+		c.failed[rd.job] = err
+	}
+	if rd.release != nil {
+		rd.release()
+	}
+	rd.err = err
+	close(rd.done)
+}
+
 // land is T3. The order is what keeps the store whole: bytes, then
-// metadata.db, then meta.db.
-func (c *committer) land(ctx context.Context, batch []*ready) error {
+// metadata.db, then meta.db. refused says that the driver did not take the
+// layers, and nothing has happened.
+func (c *committer) land(ctx context.Context, batch []*ready) (refused bool, err error) {
+	if len(batch) == 0 {
+		return false, nil
+	}
 	how := sealDurably
 	for _, rd := range batch {
 		if !rd.synced {
@@ -87,41 +136,35 @@ func (c *committer) land(ctx context.Context, batch []*ready) error {
 	}
 	if how.Synced {
 		if err := c.run.sync(ctx); err != nil {
-			return err
+			return false, err
 		}
 	}
 	if err := fault.Point("pull.land.synced"); err != nil {
-		return err
+		return false, err
 	}
-	var sealed = make(map[*ready]meta.Sealed)
 	var steps []snapshot.Commit
 	for _, rd := range batch {
-		if rd.writer != nil {
-			s, release, err := rd.writer.Seal(ctx, rd.job.layer.Desc.Size, rd.job.layer.Desc.Digest, how)
-			if err != nil {
-				return err
-			}
-			defer release()
-			sealed[rd] = s
+		if err := rd.seal(ctx, how); err != nil {
+			return false, err
 		}
 		if rd.active != "" {
 			steps = append(steps, rd.step())
 		}
 	}
 	if err := fault.Point("pull.land.sealed"); err != nil {
-		return err
+		return false, err
 	}
 	snaps, release, err := c.run.snaps.CommitChain(ctx, steps...)
 	if err != nil {
-		return fmt.Errorf("commit layers: %w", err)
+		return true, err
 	}
 	defer release()
 	if err := fault.Point("pull.land.committed"); err != nil {
-		return err
+		return false, err
 	}
-	return c.run.sp.Update(ctx, func(tx *meta.Tx) error {
+	return false, c.run.sp.Update(ctx, func(tx *meta.Tx) error {
 		for _, rd := range batch {
-			if err := rd.record(tx, sealed); err != nil {
+			if err := rd.record(tx); err != nil {
 				return err
 			}
 		}
@@ -134,10 +177,23 @@ func (c *committer) land(ctx context.Context, batch []*ready) error {
 	})
 }
 
-func (rd *ready) record(tx *meta.Tx, sealed map[*ready]meta.Sealed) error {
+// seal moves the blob to its place, once.
+func (rd *ready) seal(ctx context.Context, how content.CommitOptions) error {
+	if rd.writer == nil || rd.sealed != nil {
+		return nil
+	}
+	s, release, err := rd.writer.Seal(ctx, rd.job.layer.Desc.Size, rd.job.layer.Desc.Digest, how)
+	if err != nil {
+		return err
+	}
+	rd.sealed, rd.release = &s, release
+	return nil
+}
+
+func (rd *ready) record(tx *meta.Tx) error {
 	desc := rd.job.layer.Desc
-	if s, ok := sealed[rd]; ok {
-		if err := tx.RecordBlob(s, nil); err != nil {
+	if rd.sealed != nil {
+		if err := tx.RecordBlob(*rd.sealed, nil); err != nil {
 			return err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -116,7 +117,10 @@ func (h *house) open() {
 		repo, err := client.Repository(r, s)
 		return repo, r.Host, r.Path, err
 	}
-	h.puller = New(h.db, remote, []Disk{testDisk{fs, &h.syncs}}, Options{Downloads: h.set.downloads, Limits: h.set.limits})
+	h.puller = New(h.db, remote, []Disk{testDisk{fs, &h.syncs}}, Options{
+		Downloads: h.set.downloads, Limits: h.set.limits,
+		Log: slog.New(slog.NewTextHandler(h.t.Output(), nil)),
+	})
 	h.closers = append(h.closers, h.puller.Close)
 }
 

@@ -364,7 +364,7 @@ func (j *job) waitParent(ctx context.Context, committed bool) error {
 	select {
 	case <-p.done:
 		if p.err != nil {
-			return fmt.Errorf("the layer below: %w", p.err)
+			return &below{p, p.err}
 		}
 	default:
 	}

@@ -59,6 +59,14 @@ type Request struct {
 	NoUnpack    bool // fetch all layers and leave them packed
 	Session     registry.Session
 	Progress    func(Event) // called from several goroutines; must not block
+
+	// Names lists the image records to make, all for the same target and in
+	// one transaction. Default: the reference. The first is the one that Pull
+	// returns.
+	Names func(image.Image) []string
+	// Metadata also fetches the manifests and configs of the platforms that
+	// an index lists and that are not pulled.
+	Metadata bool
 }
 
 // Disk makes what was written to one file system durable. Begin is called
@@ -317,7 +325,7 @@ func (r *run) layers(ctx context.Context, plan image.Image) error {
 func (r *run) wait(ctx context.Context, claims []*claim) (foreign bool, err error) {
 	defer func() {
 		for _, c := range claims {
-			if last := c.job.leave(c); last && c.led {
+			if last := c.job.leave(c); last {
 				defer func() { <-c.job.done }()
 			}
 		}
@@ -330,7 +338,7 @@ func (r *run) wait(ctx context.Context, claims []*claim) (foreign bool, err erro
 		select {
 		case c := <-settled:
 			if c.job.err != nil {
-				c = culprit(claims)
+				c = culprit(claims, c)
 				return !c.led, c.job.err
 			}
 		case <-ctx.Done():
@@ -340,17 +348,18 @@ func (r *run) wait(ctx context.Context, claims []*claim) (foreign bool, err erro
 	return false, nil
 }
 
-// culprit is the lowest of the layers that have failed: those above it fail
-// for its sake, and after it.
-func culprit(claims []*claim) *claim {
-	return claims[slices.IndexFunc(claims, func(c *claim) bool {
-		select {
-		case <-c.job.done:
-			return c.job.err != nil
-		default:
-			return false
+// culprit is the layer for whose sake that of c has failed: itself, or one
+// below it.
+func culprit(claims []*claim, c *claim) *claim {
+	for {
+		b, ok := errors.AsType[*below](c.job.err)
+		i := slices.IndexFunc(claims, func(o *claim) bool { return ok && o.job == b.parent })
+		if i < 0 {
+			return c
 		}
-	})]
+		c = claims[i]
+		<-c.job.done
+	}
 }
 
 // fetchedByOthers lists the layers that no lease of this pull holds.
@@ -391,9 +400,14 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 		if err := r.labelDocuments(tx, plan); err != nil {
 			return err
 		}
-		img, err = tx.PutImage(meta.Image{Name: r.reference, Target: plan.Target(), Labels: r.req.Labels})
-		if err != nil {
-			return err
+		for i, name := range r.names(plan) {
+			made, err := tx.PutImage(meta.Image{Name: name, Target: plan.Target(), Labels: r.req.Labels})
+			if err != nil {
+				return err
+			}
+			if i == 0 {
+				img = made
+			}
 		}
 		for _, id := range append(stale, r.sp.Lease()) {
 			if err := tx.DeleteLease(id); err != nil && !errdefs.IsNotFound(err) {
@@ -406,6 +420,13 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 		r.report(Event{Stage: StageDone, Desc: plan.Target()})
 	}
 	return img, err
+}
+
+func (r *run) names(plan image.Image) []string {
+	if r.req.Names == nil {
+		return []string{r.reference}
+	}
+	return r.req.Names(plan)
 }
 
 // checkForeign makes sure that all is still there that no lease of this pull
@@ -429,7 +450,7 @@ func (r *run) checkForeign(tx *meta.Tx, plan image.Image) error {
 // labelDocuments ties the image's documents to what they need, and to where
 // they came from.
 func (r *run) labelDocuments(tx *meta.Tx, plan image.Image) error {
-	for _, desc := range append(plan.Path, plan.Config) {
+	for _, desc := range r.docs.read {
 		labels := r.sourceLabel(tx, desc)
 		children, err := image.Children(desc.MediaType, r.docs.docs[desc.Digest.String()])
 		if err != nil {
@@ -457,7 +478,7 @@ func (r *run) sourceLabel(tx *meta.Tx, desc oci.Descriptor) map[string]string {
 	labels := map[string]string{}
 	old := ""
 	if b, err := tx.Blob(desc.Digest); err == nil {
-		old = b.Labels[oci.LabelSource+r.host]
+		old = b.Labels[oci.SourceKey(r.host)]
 	}
 	if key, list, ok := oci.SourceLabel(r.host, old, r.path); ok {
 		labels[key] = list
