@@ -2,6 +2,7 @@ package oci
 
 import (
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 )
@@ -9,7 +10,7 @@ import (
 // The labels that a pull writes, as containerd names them.
 const (
 	LabelUncompressed = "containerd.io/uncompressed"         // on a layer blob: its DiffID
-	LabelSource       = "containerd.io/distribution.source." // + host, on a fetched blob: repositories, joined by commas
+	LabelSource       = "containerd.io/distribution.source." // + host without its port, on a fetched blob: repositories, joined by commas (see SourceKey)
 	LabelSnapshot     = "containerd.io/gc.ref.snapshot."     // + driver, on a config: the top ChainID
 	LabelSnapshotRef  = "containerd.io/snapshot.ref"         // on an active snapshot: the ChainID that it will be
 	LabelDiffID       = "containerd.io/snapshot/diff-id"     // on a layer's snapshot: its DiffID
@@ -44,11 +45,17 @@ func ChildLabels(children []Descriptor) map[string]string {
 	return labels
 }
 
+// SourceKey is the label that lists the repositories of a host, which may have
+// a port: containerd's label leaves it out, and brackets too.
+func SourceKey(host string) string {
+	return LabelSource + (&url.URL{Host: host}).Hostname()
+}
+
 // SourceLabel adds repository to the list of those that a blob was fetched
 // from, value "" being the empty list. ok is false when the list is complete
 // already or would outgrow a label.
 func SourceLabel(host, value, repository string) (key, list string, ok bool) {
-	key = LabelSource + host
+	key = SourceKey(host)
 	var repos []string
 	if value != "" {
 		repos = strings.Split(value, ",")

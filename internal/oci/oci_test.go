@@ -160,6 +160,9 @@ func TestSourceLabel(t *testing.T) {
 	if _, _, ok := SourceLabel("docker.io", strings.Repeat("x", 4090), "y"); ok {
 		t.Error("a label outgrew its bound")
 	}
+	if key, _, _ := SourceLabel("127.0.0.1:5000", "", "a"); key != "containerd.io/distribution.source.127.0.0.1" {
+		t.Error("a port is in the label:", key)
+	}
 }
 
 func TestSelect(t *testing.T) {
