@@ -97,21 +97,41 @@ func (sp Space) UpdateImage(ctx context.Context, img Image, fields ...string) (u
 // DeleteImage forgets an image; what only it held goes with the next
 // collection. ErrNotFound, also when target isn't "" and the image has another.
 func (sp Space) DeleteImage(ctx context.Context, name string, target digest.Digest) error {
-	return sp.Update(ctx, func(tx *Tx) error {
-		images := tx.ns().sub(keyImages)
-		img, err := readImage(name, images.sub(name))
+	return sp.Update(ctx, func(tx *Tx) error { return tx.DeleteImage(name, target) })
+}
+
+// Image reads one image, as the transaction sees it. ErrNotFound.
+func (tx *Tx) Image(name string) (Image, error) {
+	return readImage(name, tx.ns().sub(keyImages, name))
+}
+
+// Images lists all images of the namespace, as the transaction sees them, in
+// the order of their names.
+func (tx *Tx) Images() (all []Image, err error) {
+	for name, b := range tx.ns().sub(keyImages).subs() {
+		img, err := readImage(name, b)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		if target != "" && target != img.Target.Digest {
-			return fmt.Errorf("image %q has target %s, not %s: %w", name, img.Target.Digest, target, errdefs.ErrNotFound)
-		}
-		if err := tx.release(keyImages, name); err != nil {
-			return err
-		}
-		tx.deleted = true
-		return images.drop(name)
-	})
+		all = append(all, img)
+	}
+	return all, nil
+}
+
+// DeleteImage is Space.DeleteImage as a part of the transaction.
+func (tx *Tx) DeleteImage(name string, target digest.Digest) error {
+	img, err := tx.Image(name)
+	if err != nil {
+		return err
+	}
+	if target != "" && target != img.Target.Digest {
+		return fmt.Errorf("image %q has target %s, not %s: %w", name, img.Target.Digest, target, errdefs.ErrNotFound)
+	}
+	if err := tx.release(keyImages, name); err != nil {
+		return err
+	}
+	tx.deleted = true
+	return tx.ns().sub(keyImages).drop(name)
 }
 
 // PutImage creates an image or replaces its labels and target. One that

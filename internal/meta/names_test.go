@@ -1,6 +1,7 @@
 package meta
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"strings"
@@ -169,6 +170,44 @@ func TestImages(t *testing.T) {
 	is(t, errdefs.IsNotFound, sp.DeleteImage(t.Context(), "img", other))
 	ok(t, sp.DeleteImage(t.Context(), "img", dgst))
 	is(t, errdefs.IsNotFound, sp.DeleteImage(t.Context(), "img", ""))
+}
+
+// TestImagesInTransaction: one transaction reads and deletes several names, or
+// none of them.
+func TestImagesInTransaction(t *testing.T) {
+	h := newHouse(t, Options{})
+	sp := h.Space("ns")
+	dgst := write(t, sp, "blob", nil)
+	for _, name := range []string{"a", "b", "c"} {
+		must[Image](t)(sp.CreateImage(t.Context(), image(name, dgst, nil)))
+	}
+	names := func(all []Image) (list []string) {
+		for _, img := range all {
+			list = append(list, img.Name)
+		}
+		return list
+	}
+	broken := errors.New("broken")
+	remove := func(end error) error {
+		return sp.Update(t.Context(), func(tx *Tx) error {
+			equalStrings(t, names(must[[]Image](t)(tx.Images())), "a", "b", "c")
+			ok(t, tx.DeleteImage("a", dgst))
+			ok(t, tx.DeleteImage("c", ""))
+			is(t, errdefs.IsNotFound, tx.DeleteImage("a", ""))
+			_, err := tx.Image("a")
+			is(t, errdefs.IsNotFound, err)
+			if img := must[Image](t)(tx.Image("b")); img.Target.Digest != dgst {
+				t.Errorf("b is %+v", img)
+			}
+			return end
+		})
+	}
+	if err := remove(broken); !errors.Is(err, broken) {
+		t.Errorf("got %v", err)
+	}
+	equalStrings(t, names(must[[]Image](t)(sp.Images(t.Context()))), "a", "b", "c")
+	ok(t, remove(nil))
+	equalStrings(t, names(must[[]Image](t)(sp.Images(t.Context()))), "b")
 }
 
 func TestImageFilters(t *testing.T) {

@@ -2,6 +2,7 @@ package pull
 
 import (
 	"fmt"
+	"maps"
 	"testing"
 
 	"github.com/opencontainers/go-digest"
@@ -216,5 +217,31 @@ func TestLabels(t *testing.T) {
 	h.mustPull("other:1", Request{})
 	if got := label(pushed.Config.Digest, "containerd.io/distribution.source."+h.srv.Host()); got != "lib/app,other" {
 		t.Errorf("sources are %q", got)
+	}
+}
+
+// TestKeepLabels: what a user has put on an image's name outlives the next pull, where that is asked for.
+func TestKeepLabels(t *testing.T) {
+	h := newHouse(t, settings{})
+	h.push("app", "1", simple(1, 100))
+	h.mustPull("app:1", Request{Labels: map[string]string{"who": "me", "when": "before"}})
+	for _, c := range []struct {
+		req  Request
+		want map[string]string
+	}{
+		{Request{KeepLabels: true}, map[string]string{"who": "me", "when": "before"}},
+		{Request{KeepLabels: true, Labels: map[string]string{"when": "now"}}, map[string]string{"who": "me", "when": "now"}},
+		{Request{Labels: map[string]string{"a": "b"}}, map[string]string{"a": "b"}},
+		{Request{}, nil},
+		{Request{KeepLabels: true}, nil},
+	} {
+		h.mustPull("app:1", c.req)
+		img, err := h.space().Image(t.Context(), h.ref("app:1"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !maps.Equal(img.Labels, c.want) {
+			t.Errorf("%+v: labels %v, want %v", c.req, img.Labels, c.want)
+		}
 	}
 }

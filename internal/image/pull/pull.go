@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"slices"
 	"sync"
 	"syscall"
@@ -56,6 +57,8 @@ type Request struct {
 	Snapshotter string // default: the Puller's
 	Platform    string // `os/arch[/variant]`; default: this machine's
 	Labels      map[string]string
+	KeepLabels  bool // labels that an image record has already stay, where Labels doesn't set them anew
+	Downloads   int  // default: the Puller's
 	NoUnpack    bool // fetch all layers and leave them packed
 	Session     registry.Session
 	Progress    func(Event) // called from several goroutines; must not block
@@ -188,7 +191,10 @@ func (p *Puller) newRun(sp meta.Space, reference string, req Request) (*run, err
 	if req.Snapshotter == "" {
 		req.Snapshotter = p.opts.Snapshotter
 	}
-	r := &run{p: p, reference: reference, req: req, slots: make(chan struct{}, p.opts.Downloads)}
+	if req.Downloads <= 0 {
+		req.Downloads = p.opts.Downloads
+	}
+	r := &run{p: p, reference: reference, req: req, slots: make(chan struct{}, req.Downloads)}
 	var err error
 	if r.platform, err = oci.ParsePlatform(req.Platform); err != nil {
 		return nil, err
@@ -401,7 +407,11 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 			return err
 		}
 		for i, name := range r.names(plan) {
-			made, err := tx.PutImage(meta.Image{Name: name, Target: plan.Target(), Labels: r.req.Labels})
+			labels, err := r.labels(tx, name)
+			if err != nil {
+				return err
+			}
+			made, err := tx.PutImage(meta.Image{Name: name, Target: plan.Target(), Labels: labels})
 			if err != nil {
 				return err
 			}
@@ -420,6 +430,21 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 		r.report(Event{Stage: StageDone, Desc: plan.Target()})
 	}
 	return img, err
+}
+
+// labels are those of the image record to make.
+func (r *run) labels(tx *meta.Tx, name string) (map[string]string, error) {
+	if !r.req.KeepLabels {
+		return r.req.Labels, nil
+	}
+	labels := map[string]string{}
+	old, err := tx.Image(name)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return nil, err
+	}
+	maps.Copy(labels, old.Labels)
+	maps.Copy(labels, r.req.Labels)
+	return labels, nil
 }
 
 func (r *run) names(plan image.Image) []string {
