@@ -52,7 +52,7 @@ func (p *bars) layer(l *holdfastv1.PullLayer) {
 }
 
 // close leaves the bars as they are and gives the terminal back.
-func (p *bars) close(error) {
+func (p *bars) close() {
 	for _, b := range p.layers {
 		b.Abort(false)
 	}

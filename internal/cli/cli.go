@@ -7,7 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"net"
 	"os"
+	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -27,8 +31,8 @@ const (
 	// maxMessage is what the daemon may send in one message, in bytes.
 	maxMessage = 16 << 20
 
-	// connectTimeout bounds the first answer of a daemon that isn't there.
-	connectTimeout = 10 * time.Second
+	// dialTimeout bounds the look at a socket that can't be used.
+	dialTimeout = 2 * time.Second
 )
 
 // Exit codes of the command line.
@@ -115,7 +119,10 @@ func usageArgs(check cobra.PositionalArgs) cobra.PositionalArgs {
 
 // connect prepares the connection; the first call makes it.
 func (a *app) connect() error {
-	conn, err := grpc.NewClient("unix://"+a.address,
+	a.address = strings.TrimPrefix(a.address, "unix://")
+	var d net.Dialer
+	conn, err := grpc.NewClient("passthrough:///localhost", // the dialer knows where; a path may hold what a URL can't
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", a.address) }),
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)))
 	if err != nil {
@@ -138,18 +145,44 @@ func (a *app) explain(err error) string {
 	}
 	switch st.Code() {
 	case codes.Unavailable:
-		if _, e := os.Stat(a.address); e != nil {
-			return fmt.Sprintf("no daemon at %s: start holdfastd, or name its socket with --address", a.address)
-		}
-		if errors.Is(dial(a.address), os.ErrPermission) {
-			return fmt.Sprintf("%s may not be opened by this user: run as root, or as the socket's owner or group", a.address)
-		}
+		return a.explainUnavailable(st.Message())
 	case codes.Unimplemented:
 		return st.Message() + ": the daemon at " + a.address + " doesn't know this call; is it a containerd, or an older holdfastd?"
 	case codes.Canceled:
-		return "interrupted; what was fetched is kept for a day, and the same command goes on from there"
+		return "interrupted"
 	}
 	return st.Message()
+}
+
+// explainUnavailable tells a daemon that isn't there from one that says that
+// something else isn't.
+func (a *app) explainUnavailable(message string) string {
+	switch {
+	case strings.HasPrefix(message, "connection error"):
+		err := a.dial()
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return fmt.Sprintf("no daemon at %s: start holdfastd, or name its socket with --address", a.address)
+		case errors.Is(err, fs.ErrPermission):
+			return fmt.Sprintf("%s may not be opened by this user: run as root, or as the socket's owner or group", a.address)
+		case errors.Is(err, syscall.ECONNREFUSED):
+			return fmt.Sprintf("nobody listens at %s: start holdfastd, or name its socket with --address", a.address)
+		case err != nil:
+			return fmt.Sprintf("%s: %v: name the daemon's socket with --address", a.address, err)
+		}
+	case strings.HasPrefix(message, "error reading from server"):
+		return fmt.Sprintf("the daemon at %s went away: look at its log, then run the command again", a.address)
+	}
+	return message
+}
+
+// dial says why the socket can't be connected to, nil if it can.
+func (a *app) dial() error {
+	c, err := net.DialTimeout("unix", a.address, dialTimeout)
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // printJSON writes v for machines.

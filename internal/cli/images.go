@@ -69,9 +69,10 @@ func (a *app) listImages(ctx context.Context) ([]imageRow, error) {
 		}
 		target := oci.Descriptor{MediaType: img.Target.MediaType, Digest: digest.Digest(img.Target.Digest), Size: img.Target.Size}
 		found, err := image.Load(ctx, docs, target, oci.Host())
-		if err == nil {
+		switch status.Code(err) {
+		case codes.OK:
 			row.Size = found.Size()
-		} else if status.Code(err) == codes.Unavailable {
+		case codes.Unavailable, codes.Canceled:
 			return nil, err
 		}
 		rows = append(rows, row)
@@ -129,13 +130,21 @@ func (a *app) rmi() *cobra.Command {
 	return &cobra.Command{
 		Use:   "rmi IMAGE...",
 		Short: "Remove images, and everything that only they needed",
-		Args:  usageArgs(cobra.MinimumNArgs(1)),
+		Long: "Remove images, and everything that only they needed.\n\n" +
+			"A name is taken at its word and, if there is no such image, completed as `holdfast pull` does.",
+		Example: "  holdfast rmi docker.io/library/alpine:3.20.1\n  holdfast rmi alpine:3.20.1 busybox",
+		Args:    usageArgs(cobra.MinimumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var all error
 			for i, name := range args {
 				// The last removal waits for one collection, which serves them all.
-				if err := a.removeImage(cmd.Context(), name, i == len(args)-1); err != nil {
-					all = errors.Join(all, err)
+				err := a.removeImage(cmd.Context(), name, i == len(args)-1)
+				switch status.Code(err) {
+				case codes.OK:
+				case codes.Unavailable, codes.Canceled:
+					return errors.Join(all, errors.New(a.explain(err)))
+				default:
+					all = errors.Join(all, errors.New(a.explain(err)))
 				}
 			}
 			return all
@@ -147,20 +156,22 @@ func (a *app) rmi() *cobra.Command {
 // the name is short for.
 func (a *app) removeImage(ctx context.Context, name string, wait bool) error {
 	images := imagesapi.NewImagesClient(a.conn)
-	_, err := images.Delete(a.in(ctx), &imagesapi.DeleteImageRequest{Name: name, Sync: wait})
-	if status.Code(err) == codes.NotFound {
-		long, e := ref.Normalize(name)
-		if e != nil || long.String() == name {
-			return a.noSuchImage(name)
+	remove := func(name string) error {
+		_, err := images.Delete(a.in(ctx), &imagesapi.DeleteImageRequest{Name: name, Sync: wait})
+		if err == nil {
+			fmt.Fprintln(a.out, "removed", name)
 		}
-		name = long.String()
-		_, err = images.Delete(a.in(ctx), &imagesapi.DeleteImageRequest{Name: name, Sync: wait})
-		if status.Code(err) == codes.NotFound {
-			return a.noSuchImage(name)
-		}
+		return err
 	}
-	if err == nil {
-		fmt.Fprintln(a.out, "removed", name)
+	err := remove(name)
+	if status.Code(err) != codes.NotFound {
+		return err
+	}
+	if long, e := ref.Normalize(name); e == nil && long.String() != name {
+		err = remove(long.String())
+	}
+	if status.Code(err) == codes.NotFound {
+		return a.noSuchImage(name)
 	}
 	return err
 }

@@ -12,6 +12,9 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	holdfastv1 "github.com/holdfast-dev/holdfast/proto/holdfast/v1"
 )
@@ -29,7 +32,7 @@ func (a *app) pull() *cobra.Command {
 		Args:    usageArgs(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			req.Reference = args[0]
-			if err := credential(req, user); err != nil {
+			if err := credential(cmd.Context(), req, user); err != nil {
 				return err
 			}
 			return a.runPull(cmd.Context(), req)
@@ -45,7 +48,7 @@ func (a *app) pull() *cobra.Command {
 	return cmd
 }
 
-func credential(req *holdfastv1.PullRequest, user string) error {
+func credential(ctx context.Context, req *holdfastv1.PullRequest, user string) error {
 	if user == "" {
 		return nil
 	}
@@ -54,25 +57,52 @@ func credential(req *holdfastv1.PullRequest, user string) error {
 		if !term.IsTerminal(int(os.Stdin.Fd())) {
 			return usageError{errors.New("--user needs NAME:PASSWORD where no terminal can be asked")}
 		}
-		fmt.Fprint(os.Stderr, "Password: ")
-		b, err := term.ReadPassword(int(os.Stdin.Fd()))
-		fmt.Fprintln(os.Stderr)
-		if err != nil {
+		var err error
+		if password, err = askPassword(ctx); err != nil {
 			return fmt.Errorf("read password: %w", err)
 		}
-		password = string(b)
 	}
 	req.Credential = &holdfastv1.Credential{Username: name, Password: password}
 	return nil
 }
 
+// askPassword reads a line that the terminal doesn't show. When ctx ends
+// first, the terminal is as it was; the read is left to the process' end.
+func askPassword(ctx context.Context) (string, error) {
+	fd := int(os.Stdin.Fd())
+	before, err := term.GetState(fd)
+	if err != nil {
+		return "", err
+	}
+	type answer struct {
+		text []byte
+		err  error
+	}
+	answers := make(chan answer, 1)
+	fmt.Fprint(os.Stderr, "Password: ")
+	defer fmt.Fprintln(os.Stderr)
+	go func() {
+		text, err := term.ReadPassword(fd)
+		answers <- answer{text, err}
+	}()
+	select {
+	case a := <-answers:
+		return string(a.text), a.err
+	case <-ctx.Done():
+		return "", errors.Join(context.Cause(ctx), term.Restore(fd, before))
+	}
+}
+
 // display shows how a pull goes.
 type display interface {
 	layer(l *holdfastv1.PullLayer)
-	close(err error)
+	close()
 }
 
-func (a *app) runPull(ctx context.Context, req *holdfastv1.PullRequest) (err error) {
+// errInterrupted is what a pull says that its user has ended.
+var errInterrupted = errors.New("interrupted; what was fetched is kept for a day, and the same command goes on from there")
+
+func (a *app) runPull(ctx context.Context, req *holdfastv1.PullRequest) error {
 	begin := time.Now()
 	stream, err := a.holdfast.Pull(a.in(ctx), req)
 	if err != nil {
@@ -82,48 +112,76 @@ func (a *app) runPull(ctx context.Context, req *holdfastv1.PullRequest) (err err
 	if f, ok := a.out.(*os.File); ok && term.IsTerminal(int(f.Fd())) {
 		d = newBars(f)
 	}
-	var done *holdfastv1.Image
-	fetched := map[string]int64{}
+	sum := summary{layers: map[string]*holdfastv1.PullLayer{}}
+	err = sum.follow(stream, a.out, d)
+	d.close()
+	switch {
+	case status.Code(err) == codes.Canceled && ctx.Err() != nil:
+		return errInterrupted
+	case err != nil:
+		return err
+	case sum.done == nil:
+		return errors.New("the daemon ended the pull without a word: look at its log")
+	}
+	_, err = fmt.Fprintln(a.out, sum.sentence(time.Since(begin)))
+	return err
+}
+
+// summary is what a pull has come to.
+type summary struct {
+	layers map[string]*holdfastv1.PullLayer // the last word on each
+	done   *holdfastv1.Image
+}
+
+// follow shows the events of a pull until its end.
+func (s *summary) follow(stream grpc.ServerStreamingClient[holdfastv1.PullEvent], out io.Writer, d display) error {
 	for {
 		e, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			d.close(nil)
-			break
+			return nil
 		}
 		if err != nil {
-			d.close(err)
 			return err
 		}
 		switch {
 		case e.GetResolved() != nil:
-			fmt.Fprintf(a.out, "%s: %s\n", e.GetResolved().Reference, e.GetResolved().Target.Digest)
+			fmt.Fprintf(out, "%s: %s\n", e.GetResolved().Reference, e.GetResolved().Target.GetDigest())
 		case e.GetLayer() != nil:
-			l := e.GetLayer()
-			if l.Stage != holdfastv1.PullLayer_EXISTS {
-				fetched[l.Descriptor_.GetDigest()] = l.Offset
-			}
-			d.layer(l)
+			s.layers[e.GetLayer().Descriptor_.GetDigest()] = e.GetLayer()
+			d.layer(e.GetLayer())
 		case e.GetDone() != nil:
-			done = e.GetDone()
+			s.done = e.GetDone()
 		}
 	}
-	if done == nil {
-		return errors.New("the daemon ended the pull without a word: look at its log")
-	}
-	a.summarize(done, fetched, time.Since(begin))
-	return nil
 }
 
-func (a *app) summarize(img *holdfastv1.Image, fetched map[string]int64, took time.Duration) {
-	total := int64(0)
-	for _, n := range fetched {
-		total += n
+// sentence tells new layers, with their size, from those that were there. How
+// much of the new ones an earlier pull had fetched isn't known here.
+func (s *summary) sentence(took time.Duration) string {
+	fresh, present, size := 0, 0, int64(0)
+	for _, l := range s.layers {
+		if l.Stage == holdfastv1.PullLayer_EXISTS {
+			present++
+			continue
+		}
+		fresh++
+		size += l.Descriptor_.GetSize()
 	}
-	if len(fetched) == 0 {
-		fmt.Fprintf(a.out, "%s is up to date\n", img.Name)
-		return
+	if fresh == 0 {
+		return fmt.Sprintf("%s is up to date: all of it is here", s.done.Name)
 	}
-	fmt.Fprintf(a.out, "%s pulled: %d layers, %s in %s\n", img.Name, len(fetched), units.BytesSize(float64(total)), took.Round(10*time.Millisecond))
+	text := fmt.Sprintf("%s pulled in %s: %s, %s", s.done.Name, took.Round(10*time.Millisecond), count(fresh, "new layer"), units.BytesSize(float64(size)))
+	if present > 0 {
+		text += fmt.Sprintf("; %s already unpacked", count(present, "layer"))
+	}
+	return text
+}
+
+func count(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return fmt.Sprintf("%d %ss", n, noun)
 }
 
 // lines is the display for a log or a pipe: a line when a layer changes its
@@ -142,7 +200,7 @@ func (p *lines) layer(l *holdfastv1.PullLayer) {
 	fmt.Fprintf(p.out, "%s  %-16s %s\n", shortDigest(d), stageWord(l.Stage), units.BytesSize(float64(l.Descriptor_.GetSize())))
 }
 
-func (p *lines) close(error) {}
+func (p *lines) close() {}
 
 func stageWord(s holdfastv1.PullLayer_Stage) string {
 	switch s {

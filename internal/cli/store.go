@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"strings"
 
 	"github.com/docker/go-units"
@@ -40,7 +41,10 @@ func (a *app) storeTree() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "tree",
 		Short: "Show what lies on disk, what each thing is for and what keeps it",
-		Args:  usageArgs(cobra.NoArgs),
+		Long: "Show what lies on disk, what each thing is for and what keeps it.\n\n" +
+			"What nothing keeps goes with the next collection. Remove what keeps a thing to free it:\n" +
+			"an image with `holdfast rmi`, a lease with `ctr leases rm`.",
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			rows, err := a.readTree(cmd.Context(), all)
 			if err != nil {
@@ -76,8 +80,14 @@ func (a *app) readTree(ctx context.Context, all bool) ([]treeRow, error) {
 }
 
 func (a *app) printTree(rows []treeRow) error {
+	lead := branches(rows)
+	under := make(map[uint32]string) // depth -> path of the last row
 	for i, r := range rows {
-		line := branches(rows, i) + r.Name
+		line := lead[i] + r.Name
+		if at := whereIs(r, under); at != "" {
+			line += "  at " + at
+		}
+		under[r.Depth] = r.Path
 		if r.Size >= 0 {
 			line += "  " + units.BytesSize(float64(r.Size))
 		}
@@ -86,6 +96,8 @@ func (a *app) printTree(rows []treeRow) error {
 		}
 		if len(r.Holders) > 0 {
 			line += "  kept by " + strings.Join(r.Holders, ", ")
+		} else if needsHolder(r.Kind) {
+			line += "  kept by nothing"
 		}
 		if _, err := fmt.Fprintln(a.out, line); err != nil {
 			return err
@@ -94,41 +106,50 @@ func (a *app) printTree(rows []treeRow) error {
 	return nil
 }
 
-// branches draws the lines that lead to row i.
-func branches(rows []treeRow, i int) string {
-	depth := rows[i].Depth
-	if depth == 0 {
+// whereIs is the place of what doesn't lie under its own name, seen from the
+// directory that it is listed in.
+func whereIs(r treeRow, under map[uint32]string) string {
+	if r.Path == "" || r.Kind != "snapshot" && r.Kind != "ingest" {
 		return ""
 	}
-	cells := make([]string, depth)
-	for d := uint32(1); d <= depth; d++ {
-		more := hasSibling(rows, i, d)
-		switch {
-		case d == depth && more:
-			cells[d-1] = "├── "
-		case d == depth:
-			cells[d-1] = "└── "
-		case more:
-			cells[d-1] = "│   "
-		default:
-			cells[d-1] = "    "
-		}
+	rel, err := filepath.Rel(under[r.Depth-1], r.Path)
+	if err != nil || strings.HasPrefix(rel, "..") {
+		return r.Path
 	}
-	return strings.Join(cells, "")
+	return rel
 }
 
-// hasSibling reports whether row i's ancestor at depth d, or row i itself, is
-// followed by another of the same parent.
-func hasSibling(rows []treeRow, i int, d uint32) bool {
-	for _, r := range rows[i+1:] {
-		if r.Depth == d {
-			return true
+// needsHolder says of what is collected as soon as nothing keeps it.
+func needsHolder(kind string) bool { return kind == "blob" || kind == "snapshot" || kind == "ingest" }
+
+// branches draws the lines that lead to each row. It goes from the last to
+// the first, and remembers at which depths a sibling follows.
+func branches(rows []treeRow) []string {
+	lead := make([]string, len(rows))
+	var follows []bool // by depth
+	for i := len(rows) - 1; i >= 0; i-- {
+		depth := int(rows[i].Depth)
+		for len(follows) <= depth {
+			follows = append(follows, false)
 		}
-		if r.Depth < d {
-			return false
+		var b strings.Builder
+		for d := 1; d <= depth; d++ {
+			switch {
+			case d == depth && follows[d]:
+				b.WriteString("├── ")
+			case d == depth:
+				b.WriteString("└── ")
+			case follows[d]:
+				b.WriteString("│   ")
+			default:
+				b.WriteString("    ")
+			}
 		}
+		lead[i] = b.String()
+		follows[depth] = true
+		clear(follows[depth+1:])
 	}
-	return false
+	return lead
 }
 
 // findingRow is one thing that is wrong, as `--json` prints it.
@@ -154,7 +175,10 @@ func (a *app) storeCheck() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "check",
 		Short: "Compare every record with the bytes it promises; exits with 1 if something is wrong",
-		Args:  usageArgs(cobra.NoArgs),
+		Long: "Compare every record with the bytes it promises, in all namespaces.\n\n" +
+			"It changes nothing but what a collection, which it may wait for, would remove anyway.\n" +
+			"The exit code is 1 if something is wrong; each finding says what puts it right.",
+		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			rep, err := a.check(cmd.Context(), deep)
 			if err != nil {
@@ -212,8 +236,8 @@ func (a *app) printReport(rep checkReport, deep bool) {
 		how = "records and files agree, and every digest is right"
 	}
 	if n := len(rep.Findings); n > 0 {
-		how = fmt.Sprintf("%d findings", n)
+		how = count(n, "finding")
 	}
-	fmt.Fprintf(a.out, "%d images, %d blobs (%s), %d snapshots: %s\n",
-		rep.Images, rep.Blobs, units.BytesSize(float64(rep.Bytes)), rep.Snapshots, how)
+	fmt.Fprintf(a.out, "%s, %s (%s), %s: %s\n",
+		count(int(rep.Images), "image"), count(int(rep.Blobs), "blob"), units.BytesSize(float64(rep.Bytes)), count(int(rep.Snapshots), "snapshot"), how)
 }

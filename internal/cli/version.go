@@ -2,11 +2,19 @@ package cli
 
 import (
 	"fmt"
+	"strings"
 
 	versionapi "github.com/containerd/containerd/api/services/version/v1"
 	"github.com/spf13/cobra"
 	"google.golang.org/protobuf/types/known/emptypb"
 )
+
+// versionRow is what `version --json` prints.
+type versionRow struct {
+	Client   string `json:"client"`
+	Server   string `json:"server,omitempty"` // absent when no daemon answers
+	Revision string `json:"revision,omitempty"`
+}
 
 func (a *app) version(own string) *cobra.Command {
 	var asJSON bool
@@ -17,16 +25,17 @@ func (a *app) version(own string) *cobra.Command {
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			resp, err := versionapi.NewVersionClient(a.conn).Version(cmd.Context(), &emptypb.Empty{})
 			if asJSON {
-				if err != nil {
-					return err
+				row := versionRow{Client: own, Server: resp.GetVersion(), Revision: resp.GetRevision()}
+				if e := a.printJSON(row); e != nil {
+					return e
 				}
-				return a.printJSON(map[string]string{"client": own, "server": resp.Version, "revision": resp.Revision})
+				return err
 			}
 			fmt.Fprintln(a.out, "client:", own)
 			if err != nil {
 				return err
 			}
-			fmt.Fprintln(a.out, "server:", resp.Version, resp.Revision)
+			fmt.Fprintln(a.out, strings.TrimSpace("server: "+resp.Version+" "+resp.Revision))
 			return nil
 		},
 	}
