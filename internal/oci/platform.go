@@ -27,9 +27,23 @@ func ParsePlatform(s string) (Matcher, error) {
 	return platforms.Only(p), nil
 }
 
+// NoPlatform is the error of an index that lists no image for a platform, of
+// kind errdefs.ErrNotFound.
+type NoPlatform struct {
+	Have []string // the platforms that there are
+}
+
+func (n *NoPlatform) Error() string {
+	if len(n.Have) == 0 {
+		return "the index lists no image: " + errdefs.ErrNotFound.Error()
+	}
+	return fmt.Sprintf("no image for this platform; there are %s: %v", strings.Join(n.Have, ", "), errdefs.ErrNotFound)
+}
+
+func (n *NoPlatform) Unwrap() error { return errdefs.ErrNotFound }
+
 // Select returns the manifest of idx that m likes best. A manifest without a
-// platform is taken only when nothing else matches. The error is
-// errdefs.ErrNotFound and lists what there is.
+// platform is taken only when nothing else matches. The error is a *NoPlatform.
 func Select(idx Index, m Matcher) (Descriptor, error) {
 	var fit, bare []Descriptor
 	var have []string
@@ -58,8 +72,5 @@ func Select(idx Index, m Matcher) (Descriptor, error) {
 	if all := append(fit, bare...); len(all) > 0 {
 		return all[0], nil
 	}
-	if len(have) == 0 {
-		return Descriptor{}, fmt.Errorf("the index lists no image: %w", errdefs.ErrNotFound)
-	}
-	return Descriptor{}, fmt.Errorf("no image for this platform; there are %s: %w", strings.Join(have, ", "), errdefs.ErrNotFound)
+	return Descriptor{}, &NoPlatform{have}
 }

@@ -25,7 +25,7 @@ type claim struct {
 
 // claim joins the jobs of all layers, bottom first, and starts those that
 // nobody runs: this is T2. On an error it has left them all.
-func (r *run) claim(ctx context.Context, plan image.Image) (claims []*claim, err error) {
+func (r *run) claim(ctx context.Context, plan plan) (claims []*claim, err error) {
 	claims, err = r.join(ctx, plan)
 	if err != nil {
 		return nil, err
@@ -64,28 +64,51 @@ func (r *run) claim(ctx context.Context, plan image.Image) (claims []*claim, err
 	return claims, nil
 }
 
-// join finds or makes the job of every layer. A job whose pulls have all left
-// is on its way out: it is waited for.
-func (r *run) join(ctx context.Context, plan image.Image) ([]*claim, error) {
-	var claims []*claim
-	var parent *job
-	for i := range plan.Layers {
-		key := layerKey{r.sp.Namespace(), r.snaps.Driver(), plan.Layers[i].ChainID, r.req.NoUnpack}
-		for {
-			c, leaving := r.p.join(r, key, plan.Layers[i], parent)
-			if c != nil {
-				claims, parent = append(claims, c), c.job
-				break
-			}
-			select {
-			case <-leaving.done:
-			case <-ctx.Done():
-				abandon(claims, context.Cause(ctx))
-				return nil, context.Cause(ctx)
+// join finds or makes the job of every layer, once for images that share it.
+func (r *run) join(ctx context.Context, plan plan) (claims []*claim, err error) {
+	seen := make(map[layerKey]*job)
+	one := func(key layerKey, l image.Layer, parent *job) (*job, error) {
+		if j := seen[key]; j != nil {
+			return j, nil
+		}
+		c, err := r.joinLayer(ctx, key, l, parent)
+		if err != nil {
+			abandon(claims, err)
+			return nil, err
+		}
+		claims, seen[key] = append(claims, c), c.job
+		return c.job, nil
+	}
+	for _, img := range plan.images {
+		var below *job
+		for _, l := range img.Layers {
+			if below, err = one(layerKey{r.sp.Namespace(), r.snaps.Driver(), l.ChainID, false}, l, below); err != nil {
+				return nil, err
 			}
 		}
 	}
+	for _, desc := range plan.packed {
+		if _, err = one(layerKey{r.sp.Namespace(), "", desc.Digest, true}, image.Layer{Desc: desc}, nil); err != nil {
+			return nil, err
+		}
+	}
 	return claims, nil
+}
+
+// joinLayer joins one job. A job whose pulls have all left is on its way out:
+// it is waited for.
+func (r *run) joinLayer(ctx context.Context, key layerKey, l image.Layer, parent *job) (*claim, error) {
+	for {
+		c, leaving := r.p.join(r, key, l, parent)
+		if c != nil {
+			return c, nil
+		}
+		select {
+		case <-leaving.done:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
 }
 
 // abandon ends the jobs that this pull has made and not started, and leaves
@@ -110,7 +133,7 @@ func (r *run) missing(ctx context.Context, claims []*claim) (todo, present []*jo
 		if !c.led {
 			continue
 		}
-		if r.req.NoUnpack {
+		if j.key.packed {
 			todo = append(todo, j)
 			continue
 		}
@@ -135,7 +158,7 @@ func (r *run) missing(ctx context.Context, claims []*claim) (todo, present []*jo
 func (r *run) createActives(ctx context.Context, led []*job) ([]meta.Created, func(), error) {
 	var news []snapshot.New
 	for _, j := range led {
-		if r.req.NoUnpack || !r.snaps.Traits().Rebase && j.parent != nil {
+		if j.key.packed || !r.snaps.Traits().Rebase && j.parent != nil {
 			continue
 		}
 		j.active = j.newKey()

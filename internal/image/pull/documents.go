@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/holdfast-dev/holdfast/internal/image"
 	"github.com/holdfast-dev/holdfast/internal/meta"
 	"github.com/holdfast-dev/holdfast/internal/oci"
 	"github.com/holdfast-dev/holdfast/internal/registry"
@@ -21,9 +22,10 @@ import (
 // once their ingests are recorded. The bound on memory is oci.MaxDocument for
 // each of the few that lie between a name and its layers.
 type documents struct {
-	sp   meta.Space
-	repo *registry.Repository
-	docs map[string][]byte // by digest
+	sp     meta.Space
+	repo   *registry.Repository
+	docs   map[string][]byte // by digest
+	report func(Event)
 
 	read    []oci.Descriptor // in order
 	missing []oci.Descriptor // those of them that the namespace hasn't, as T2 saw it
@@ -40,8 +42,11 @@ func (d *documents) ReadDocument(ctx context.Context, desc oci.Descriptor) ([]by
 	if doc, ok := d.docs[desc.Digest.String()]; ok {
 		return doc, nil
 	}
+	stage := StageKnown
 	doc, err := d.sp.ReadBlob(ctx, desc, oci.MaxDocument)
 	if errdefs.IsNotFound(err) {
+		stage = StageRead
+		d.report(Event{Stage: StageReading, Desc: desc})
 		if doc = d.kept(ctx, desc); doc == nil {
 			doc, err = d.fetch(ctx, desc)
 		} else {
@@ -53,6 +58,8 @@ func (d *documents) ReadDocument(ctx context.Context, desc oci.Descriptor) ([]by
 	}
 	d.docs[desc.Digest.String()] = doc
 	d.read = append(d.read, desc)
+	children, _ := image.Children(desc.MediaType, doc) // whoever wants them says what is wrong with them
+	d.report(Event{Stage: stage, Desc: desc, Offset: desc.Size, Children: children})
 	return doc, nil
 }
 

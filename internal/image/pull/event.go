@@ -6,7 +6,7 @@ import "github.com/holdfast-dev/holdfast/internal/oci"
 type Stage string
 
 // The stages in their order. The first two and StageDone are of the pull, with
-// the image's target as descriptor, and the others of a layer.
+// the image's target as descriptor; the others of a layer, or of a document.
 const (
 	StageResolving Stage = "resolving"
 	StageResolved  Stage = "resolved"
@@ -17,13 +17,25 @@ const (
 	StageCommit    Stage = "committing" // waiting to be durable
 	StageComplete  Stage = "complete"
 	StageDone      Stage = "done"
+
+	StageMissing Stage = "missing" // of the pull: there is no image for Platform
+	StageReading Stage = "reading" // of a document: it is asked for
+	StageRead    Stage = "read"    // it is here
+	StageKnown   Stage = "known"   // it has been here before
 )
+
+// OfDocument reports whether the stage is one of a document's.
+func (s Stage) OfDocument() bool { return s == StageReading || s == StageRead || s == StageKnown }
 
 // Event tells of one step, or of bytes that have come.
 type Event struct {
 	Stage  Stage
 	Desc   oci.Descriptor
 	Offset int64 // compressed bytes of Desc that are here
+
+	Packed   bool             // the layer is not unpacked
+	Children []oci.Descriptor // what the document, now that it is here, refers to
+	Platform string           // that is missing
 }
 
 func (r *run) report(e Event) {

@@ -20,7 +20,7 @@ import (
 // layerKey is what makes two layers the same work.
 type layerKey struct {
 	namespace, driver string
-	chain             digest.Digest
+	id                digest.Digest // the ChainID; of a packed one, which no driver sees, the blob's
 	packed            bool
 }
 
@@ -100,6 +100,7 @@ func (j *job) report(e Event) {
 	j.mu.Lock()
 	claims := slices.Clone(j.claims)
 	j.mu.Unlock()
+	e.Packed = j.key.packed
 	for _, c := range claims {
 		c.report(e)
 	}

@@ -70,6 +70,20 @@ type Request struct {
 	// Metadata also fetches the manifests and configs of the platforms that
 	// an index lists and that are not pulled.
 	Metadata bool
+
+	// Platforms, if there are any, take the place of Platform: the images for
+	// all of them are pulled under the one name. A platform that there is no
+	// image for is passed over (StageMissing) as long as there is another.
+	Platforms []Platform
+	// All also fetches everything else that the target lists, of whatever
+	// platform and type, and leaves it packed.
+	All bool
+}
+
+// Platform is one of several that are pulled together.
+type Platform struct {
+	Name   string // `os/arch[/variant]`
+	Packed bool   // fetch its layers and leave them packed
 }
 
 // Disk makes what was written to one file system durable. Begin is called
@@ -153,7 +167,7 @@ func (p *Puller) Pull(ctx context.Context, sp meta.Space, reference string, req 
 		return meta.Image{}, err
 	}
 	defer r.end(&err)
-	plan, err := image.Load(ctx, r.docs, target, r.platform)
+	plan, err := r.plan(ctx, target)
 	if err != nil {
 		return meta.Image{}, err
 	}
@@ -175,7 +189,7 @@ type run struct {
 	snaps     meta.Snapshots
 	reference string
 	req       Request
-	platform  oci.Matcher
+	wanted    []wanted
 	repo      *registry.Repository
 	host      string // these two name the source in labels
 	path      string
@@ -196,7 +210,7 @@ func (p *Puller) newRun(sp meta.Space, reference string, req Request) (*run, err
 	}
 	r := &run{p: p, reference: reference, req: req, slots: make(chan struct{}, req.Downloads)}
 	var err error
-	if r.platform, err = oci.ParsePlatform(req.Platform); err != nil {
+	if r.wanted, err = req.wanted(); err != nil {
 		return nil, err
 	}
 	if r.repo, r.host, r.path, err = p.remote(reference, req.Session); err != nil {
@@ -206,7 +220,7 @@ func (p *Puller) newRun(sp meta.Space, reference string, req Request) (*run, err
 	if r.snaps, err = r.sp.Snapshots(req.Snapshotter); err != nil {
 		return nil, err
 	}
-	r.docs = &documents{sp: r.sp, repo: r.repo, docs: map[string][]byte{}}
+	r.docs = &documents{sp: r.sp, repo: r.repo, docs: map[string][]byte{}, report: r.report}
 	r.ready.run = r
 	for _, d := range p.disks {
 		r.syncs = append(r.syncs, d.Begin())
@@ -309,7 +323,7 @@ func (p *Puller) letGo(lease string) (inUse bool) {
 // layers makes every layer of the plan a snapshot, by its own jobs and those
 // of others. When another pull's job fails, or ends because that pull did,
 // this one takes the layer over.
-func (r *run) layers(ctx context.Context, plan image.Image) error {
+func (r *run) layers(ctx context.Context, plan plan) error {
 	for n := 1; ; n++ {
 		claims, err := r.claim(ctx, plan)
 		if err != nil {
@@ -385,7 +399,7 @@ var errCollected = errors.New("removed in the meantime")
 // record is T4: the documents, whose bytes are synced one by one, the image's
 // name, and the end of this pull's lease and of those that earlier, failed
 // pulls of the same image have left.
-func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) {
+func (r *run) record(ctx context.Context, plan plan) (meta.Image, error) {
 	if err := r.docs.seal(ctx); err != nil {
 		return meta.Image{}, err
 	}
@@ -395,7 +409,7 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 	}
 	var img meta.Image
 	err = r.sp.Update(ctx, func(tx *meta.Tx) error {
-		if err := r.checkForeign(tx, plan); err != nil {
+		if err := r.checkForeign(tx); err != nil {
 			return err
 		}
 		for _, s := range r.docs.sealed {
@@ -411,7 +425,7 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 			if err != nil {
 				return err
 			}
-			made, err := tx.PutImage(meta.Image{Name: name, Target: plan.Target(), Labels: labels})
+			made, err := tx.PutImage(meta.Image{Name: name, Target: plan.first.Target(), Labels: labels})
 			if err != nil {
 				return err
 			}
@@ -427,7 +441,7 @@ func (r *run) record(ctx context.Context, plan image.Image) (meta.Image, error) 
 		return nil
 	})
 	if err == nil {
-		r.report(Event{Stage: StageDone, Desc: plan.Target()})
+		r.report(Event{Stage: StageDone, Desc: plan.first.Target()})
 	}
 	return img, err
 }
@@ -447,19 +461,19 @@ func (r *run) labels(tx *meta.Tx, name string) (map[string]string, error) {
 	return labels, nil
 }
 
-func (r *run) names(plan image.Image) []string {
+func (r *run) names(plan plan) []string {
 	if r.req.Names == nil {
 		return []string{r.reference}
 	}
-	return r.req.Names(plan)
+	return r.req.Names(plan.first)
 }
 
 // checkForeign makes sure that all is still there that no lease of this pull
 // has held: from this transaction on the image holds it.
-func (r *run) checkForeign(tx *meta.Tx, plan image.Image) error {
+func (r *run) checkForeign(tx *meta.Tx) error {
 	for _, l := range r.foreign {
 		_, err := tx.Blob(l.Desc.Digest)
-		if err == nil && !r.req.NoUnpack {
+		if err == nil && l.ChainID != "" {
 			err = tx.LeaseSnapshot(r.snaps.Driver(), l.ChainID.String())
 		}
 		if errdefs.IsNotFound(err) {
@@ -474,7 +488,8 @@ func (r *run) checkForeign(tx *meta.Tx, plan image.Image) error {
 
 // labelDocuments ties the image's documents to what they need, and to where
 // they came from.
-func (r *run) labelDocuments(tx *meta.Tx, plan image.Image) error {
+func (r *run) labelDocuments(tx *meta.Tx, plan plan) error {
+	tops := plan.topChains()
 	for _, desc := range r.docs.read {
 		labels := r.sourceLabel(tx, desc)
 		children, err := image.Children(desc.MediaType, r.docs.docs[desc.Digest.String()])
@@ -484,11 +499,11 @@ func (r *run) labelDocuments(tx *meta.Tx, plan image.Image) error {
 		for k, v := range oci.ChildLabels(children) {
 			labels[k] = v
 		}
-		if desc.Digest == plan.Config.Digest && plan.TopChain() != "" && !r.req.NoUnpack {
-			if err := tx.LeaseSnapshot(r.snaps.Driver(), plan.TopChain().String()); err != nil {
+		if top := tops[desc.Digest]; top != "" {
+			if err := tx.LeaseSnapshot(r.snaps.Driver(), top.String()); err != nil {
 				return err
 			}
-			labels[oci.LabelSnapshot+r.snaps.Driver()] = plan.TopChain().String()
+			labels[oci.LabelSnapshot+r.snaps.Driver()] = top.String()
 		}
 		if err := tx.SetBlobLabels(desc.Digest, labels); err != nil {
 			return err
