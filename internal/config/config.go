@@ -66,7 +66,6 @@ type GRPC struct {
 // Metadata tunes meta.db.
 type Metadata struct {
 	ContentSharing string // "shared" or "isolated": may a namespace adopt a blob that another one holds?
-	NoSync         bool   // don't sync meta.db at commits: a power cut may then lose the store
 }
 
 // GC decides when garbage is collected.
@@ -82,6 +81,7 @@ type GC struct {
 type Overlay struct {
 	RootPath      string   // "" = <root>/io.containerd.snapshotter.v1.overlayfs
 	UpperdirLabel bool     // show the upper directory as a snapshot label
+	SlowChown     bool     // allow that files are copied to change their owners
 	MountOptions  []string // replace the options that are found by probing
 }
 

@@ -242,7 +242,7 @@ func TestErrors(t *testing.T) {
 		{"format", "version = 4\n[debug]\nformat = 'xml'", "must be text or json"},
 		{"duration", "version = 4\n[timeouts]\n'io.containerd.timeout.bolt.open' = 'soon'", "must be a duration"},
 		{"policy", "version = 4\n[plugins.'io.containerd.metadata.v1.bolt']\ncontent_sharing_policy = ''", "must be shared or isolated"},
-		{"bool", "version = 4\n[plugins.'io.containerd.metadata.v1.bolt']\nno_sync = 1", "must be true or false"},
+		{"bool", "version = 4\n[plugins.'io.containerd.snapshotter.v1.overlayfs']\nslow_chown = 1", "must be true or false"},
 		{"number", "version = 4\noom_score = 99999999999", "32 bits"},
 		{"list", "version = 4\ndisabled_plugins = ['a.b', 3]", "must be a list of strings"},
 		{"short name after version 1", "version = 2\ndisabled_plugins = ['cri']", "must be a whole plugin URI"},
