@@ -6,7 +6,6 @@ import (
 	"errors"
 	"net"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -173,7 +172,7 @@ func (f *fake) image(name string, updated time.Time) {
 		return dgst
 	}
 	sha := "sha256:" + string(bytes.Repeat([]byte("a"), 64))
-	config := `{"os":"linux","architecture":"` + runtime.GOARCH + `","rootfs":{"type":"layers","diff_ids":["` + sha + `","` + sha + `"]}}`
+	config := `{"os":"linux","architecture":"amd64","rootfs":{"type":"layers","diff_ids":["` + sha + `","` + sha + `"]}}`
 	layer := `{"mediaType":"application/vnd.oci.image.layer.v1.tar","digest":"` + sha + `","size":1048576}`
 	manifest := `{"schemaVersion":2,"mediaType":"application/vnd.oci.image.manifest.v1+json","config":{"mediaType":"application/vnd.oci.image.config.v1+json","digest":"` +
 		put(config) + `","size":1000},"layers":[` + layer + `,` + layer + `]}`
