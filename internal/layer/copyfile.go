@@ -51,7 +51,9 @@ func copyFile(from *inroot.Root, path string, to *inroot.Root, name string) erro
 	if err := out.Truncate(st.Size()); err != nil {
 		return err
 	}
-	durable.StartWriteback(out.Fd())
+	if st.Size() >= writebackFrom {
+		durable.StartWriteback(out.Fd())
+	}
 	return nil
 }
 

@@ -15,6 +15,11 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/linux/inroot"
 )
 
+// writebackFrom is the size from which writing a file to the disk is begun as
+// soon as it is there. For smaller ones that costs more than it saves: 15,000
+// files of 15 KiB on ext4 took half as long again when it was done for each.
+const writebackFrom = 1 << 20
+
 // tree is what the emitters have in common: it writes entries into a
 // directory, and counts. Names given to it are real ones (without links)
 // wherever they are called real.
@@ -241,7 +246,7 @@ func (t *tree) writeFile(real string, e *entry, body io.Reader) error {
 	if err != nil {
 		return err
 	}
-	if n > 0 {
+	if n >= writebackFrom {
 		durable.StartWriteback(f.Fd())
 	}
 	t.usage.Inodes++

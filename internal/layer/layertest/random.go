@@ -31,8 +31,31 @@ func Random(seed uint64) Image {
 	return img
 }
 
+// Orderly returns an image of random layers as builders write them: each name
+// is touched once in a layer, deletions come first and are of what lower
+// layers have, and a new directory has its entry before what is in it.
+// containerd too unpacks these, on a plain directory; and on an overlay if
+// across, which asks for hard links into lower layers, is false.
+func Orderly(seed uint64, across bool) Image {
+	g := &generator{
+		rnd:     rand.New(rand.NewPCG(seed, 2)),
+		tree:    make(map[string]*object),
+		orderly: true,
+		across:  across,
+	}
+	img := Image{Name: fmt.Sprintf("orderly-%d", seed)}
+	for range 2 + g.rnd.IntN(5) {
+		img.Layers = append(img.Layers, g.layer())
+	}
+	return img
+}
+
 type generator struct {
-	rnd   *rand.Rand
+	rnd     *rand.Rand
+	orderly bool
+	across  bool // hard links to lower layers, if orderly
+	touched map[string]bool
+
 	tree  map[string]*object // the merged tree so far, without its root
 	own   map[string]bool    // what this layer has written, or written into
 	round int                // number of the layer
@@ -50,7 +73,13 @@ type object struct {
 func (g *generator) layer() []byte {
 	g.round++
 	g.own = make(map[string]bool)
+	g.touched = make(map[string]bool)
 	var entries []Entry
+	for range g.rnd.IntN(8) {
+		if e, ok := g.deletion(); ok {
+			entries = append(entries, e)
+		}
+	}
 	for range 5 + g.rnd.IntN(40) {
 		if e, ok := g.entry(); ok {
 			entries = append(entries, e)
@@ -59,12 +88,61 @@ func (g *generator) layer() []byte {
 	return Archive(entries...)
 }
 
-func (g *generator) entry() (Entry, bool) {
+// deletion is how an orderly layer begins.
+func (g *generator) deletion() (Entry, bool) {
 	name := g.name()
-	if !g.reachable(name) {
+	o := g.tree[name]
+	if !g.orderly || o == nil || o.round == g.round || g.near(name) {
 		return Entry{}, false
 	}
-	switch g.rnd.IntN(12) {
+	g.touched[name] = true
+	if o.kind == tar.TypeDir && g.rnd.IntN(2) == 0 {
+		for other := range maps.Clone(g.tree) {
+			if strings.HasPrefix(other, name+"/") {
+				g.remove(other)
+			}
+		}
+		g.imply(name)
+		return Opaque(name), true
+	}
+	g.remove(name)
+	g.imply(path.Dir(name))
+	return Whiteout(name), true
+}
+
+// near reports whether the layer has touched name, or deleted something above
+// or below it.
+func (g *generator) near(name string) bool {
+	for t := range g.touched {
+		if t == name || strings.HasPrefix(t, name+"/") || strings.HasPrefix(name, t+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+// fits reports whether an orderly layer may have an entry for name: nothing
+// below it was written, and what is above it is there.
+func (g *generator) fits(name string) bool {
+	o := g.tree[name]
+	if g.touched[name] || g.own[name] || o != nil && o.kind == tar.TypeDir {
+		return false
+	}
+	dir := path.Dir(name)
+	return dir == "." || g.tree[dir] != nil && g.tree[dir].kind == tar.TypeDir
+}
+
+func (g *generator) entry() (Entry, bool) {
+	name := g.name()
+	if !g.reachable(name) || g.orderly && !g.fits(name) {
+		return Entry{}, false
+	}
+	pick := g.rnd.IntN(12)
+	if g.orderly {
+		pick = 3 + g.rnd.IntN(9)
+		g.touched[name] = true
+	}
+	switch pick {
 	case 0, 1:
 		g.remove(name)
 		g.imply(path.Dir(name))
@@ -113,6 +191,9 @@ func (g *generator) link(name string) (Entry, bool) {
 	var targets []string
 	for _, t := range slices.Sorted(maps.Keys(g.tree)) {
 		o := g.tree[t]
+		if g.orderly && !g.across && (o.round != g.round || !g.own[t]) {
+			continue
+		}
 		if o.kind == tar.TypeDir || t == name || strings.HasPrefix(t, name+"/") || o.round != g.round && o.names > 1 {
 			continue
 		}
