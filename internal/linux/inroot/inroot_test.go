@@ -231,7 +231,7 @@ func TestRemoveAll(t *testing.T) {
 	must(t, os.MkdirAll(filepath.Join(top, "root/d"), 0o755))
 	must(t, os.WriteFile(filepath.Join(top, "precious"), nil, 0o600))
 	r := open(t, filepath.Join(top, "root"))
-	const depth = 5000
+	const depth = 2500
 	fd, err := unix.Open(filepath.Join(top, "root/d"), unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	must(t, err)
 	for range depth {
@@ -290,7 +290,7 @@ func TestRacingSwap(t *testing.T) {
 		}
 	})
 	r := open(t, dir)
-	for range 20000 {
+	for range 3000 {
 		r.forget() // so that each name is resolved anew
 		if f, err := r.Create("a/sub/f"); err == nil {
 			_, _ = f.Write([]byte("evil"))
