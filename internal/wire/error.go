@@ -7,6 +7,7 @@ package wire
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -29,6 +30,9 @@ func Error(err error) error {
 	if errors.Is(errdefs.Resolve(err), errdefs.ErrUnknown) && (errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)) {
 		err = fmt.Errorf("%w: %w", err, errdefs.ErrResourceExhausted)
 	}
+	if isHollow(err) {
+		err = flat{err.Error(), errdefs.Resolve(err)}
+	}
 	st, _ := status.FromError(errgrpc.ToGRPC(err))
 	msg := shorten(strings.ToValidUTF8(st.Message(), "\uFFFD"))
 	if msg == st.Message() {
@@ -36,6 +40,30 @@ func Error(err error) error {
 	}
 	return status.Error(st.Code(), msg) // details repeat parts of the message
 }
+
+// isHollow reports whether something in err's tree wraps nil, as net.DNSError
+// does for a name that does not exist. errgrpc panics on that when it collects
+// details.
+func isHollow(err error) bool {
+	switch e := err.(type) {
+	case nil:
+		return true
+	case interface{ Unwrap() error }:
+		return isHollow(e.Unwrap())
+	case interface{ Unwrap() []error }:
+		return slices.ContainsFunc(e.Unwrap(), isHollow)
+	}
+	return false
+}
+
+// flat is an error without details: a message and a kind.
+type flat struct {
+	message string
+	kind    error
+}
+
+func (f flat) Error() string { return f.message }
+func (f flat) Unwrap() error { return f.kind }
 
 // shorten takes the middle out of a long message. The end stays, since clients
 // tell some kinds apart by it.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"reflect"
 	"strings"
@@ -143,5 +144,25 @@ func TestValuesComeBack(t *testing.T) {
 	}
 	if got := FromAny((*anypb.Any)(nil)); !reflect.DeepEqual(got, Any{}) || got.Proto() != nil {
 		t.Errorf("no any: %+v", got)
+	}
+}
+
+// TestHollowError: errors that wrap nil (a name that DNS doesn't know is one) have their kind and message.
+func TestHollowError(t *testing.T) {
+	hollow := &net.DNSError{Err: "no such host", Name: "registry.invalid"}
+	for _, err := range []error{
+		hollow,
+		fmt.Errorf("pull: %w: %w", hollow, errdefs.ErrUnavailable),
+		fmt.Errorf("pull: %w: %w", errdefs.ErrUnavailable, fmt.Errorf("dial: %w", hollow)),
+		errors.Join(errdefs.ErrUnavailable, hollow),
+	} {
+		got := Error(err)
+		want := codes.Unavailable
+		if err == error(hollow) {
+			want = codes.Unknown
+		}
+		if st, ok := status.FromError(got); !ok || st.Code() != want || st.Message() != err.Error() {
+			t.Errorf("%v became %v, want code %s", err, got, want)
+		}
 	}
 }
