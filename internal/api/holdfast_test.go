@@ -188,7 +188,7 @@ func event(name string, stage pull.Stage, offset int64) pull.Event {
 // their first change, and the last one always.
 func TestRelay(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRelay()
+		r := newRelay[pull.Event]()
 		var got []pull.Event
 		gate := make(chan struct{})
 		ended := make(chan error)
@@ -199,20 +199,19 @@ func TestRelay(t *testing.T) {
 				return nil
 			})
 		}()
-		r.add(pull.Event{Stage: pull.StageResolving})
-		r.add(event("target", pull.StageResolved, 0))
+		add := func(e pull.Event) { r.add(e.Desc.Digest.String(), e) }
+		add(event("target", pull.StageResolved, 0))
 		synctest.Wait() // it is being sent
-		r.add(event("b", pull.StageWaiting, 0))
+		add(event("b", pull.StageWaiting, 0))
 		for i := range int64(1000) {
-			r.add(event("a", pull.StageFetching, i))
-			r.add(event("b", pull.StageFetching, i))
+			add(event("a", pull.StageFetching, i))
+			add(event("b", pull.StageFetching, i))
 		}
 		close(gate)
 		time.Sleep(2 * relayPause) // the bubble's time
-		r.add(event("a", pull.StageComplete, 100))
-		r.add(event("target", pull.StageDone, 0))
+		add(event("a", pull.StageComplete, 100))
 		r.close()
-		r.add(event("a", pull.StageFetching, 5)) // a straggler
+		add(event("a", pull.StageFetching, 5)) // a straggler
 		if err := <-ended; err != nil {
 			t.Error(err)
 		}
@@ -228,13 +227,13 @@ func TestRelay(t *testing.T) {
 
 func TestRelayFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := newRelay()
-		r.add(event("a", pull.StageWaiting, 0))
+		r := newRelay[pull.Event]()
+		r.add("a", event("a", pull.StageWaiting, 0))
 		broken := errors.New("gone")
 		if err := r.run(func(pull.Event) error { return broken }); err != broken {
 			t.Errorf("run ends with %v", err)
 		}
-		r.add(event("b", pull.StageWaiting, 0)) // nobody takes it, nobody waits
+		r.add("b", event("b", pull.StageWaiting, 0)) // nobody takes it, nobody waits
 		r.close()
 	})
 }

@@ -4,10 +4,8 @@ import (
 	"context"
 	"fmt"
 	"sync"
-	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-dev/holdfast/internal/image/pull"
 	"github.com/holdfast-dev/holdfast/internal/meta"
@@ -38,7 +36,7 @@ func (s *holdfastService) Pull(req *holdfastv1.PullRequest, stream holdfastv1.Ho
 	}
 	ctx, cancel := context.WithCancelCause(stream.Context())
 	defer cancel(nil)
-	events := newRelay()
+	events := newRelay[pull.Event]()
 	var sending sync.WaitGroup
 	sending.Go(func() {
 		send := func(e pull.Event) error { return sendEvent(stream, r.String(), e) }
@@ -56,7 +54,11 @@ func (s *holdfastService) Pull(req *holdfastv1.PullRequest, stream holdfastv1.Ho
 			PlainHTTP:   req.GetPlainHttp(),
 			SkipVerify:  req.GetSkipVerify(),
 		},
-		Progress: events.add,
+		Progress: func(e pull.Event) {
+			if _, ofLayer := stages[e.Stage]; ofLayer || e.Stage == pull.StageResolved {
+				events.add(e.Desc.Digest.String(), e)
+			}
+		},
 	})
 	events.close()
 	sending.Wait()
@@ -116,93 +118,4 @@ func pulledImage(img meta.Image) *holdfastv1.Image {
 		CreatedAt: wire.Time(img.Created),
 		UpdatedAt: wire.Time(img.Updated),
 	}
-}
-
-// relayPause is how long a relay waits after it has sent what there was. An
-// eye sees no more than twenty steps a second.
-const relayPause = 50 * time.Millisecond
-
-// relay carries events from a pull, which must not wait, to a client, which
-// may be slow. It keeps the latest event of each blob and forgets the ones
-// before, so it holds no more events than an image has blobs
-// (oci.MaxChildren); and blobs are sent in the order of their first change.
-type relay struct {
-	mu      sync.Mutex
-	latest  map[digest.Digest]pull.Event
-	changed []digest.Digest // keys of latest that were not sent yet
-	closed  bool
-
-	wake chan struct{} // holds a token when changed is not empty
-	end  chan struct{} // closed by close
-}
-
-func newRelay() *relay {
-	return &relay{
-		latest: make(map[digest.Digest]pull.Event),
-		wake:   make(chan struct{}, 1),
-		end:    make(chan struct{}),
-	}
-}
-
-// add takes an event. After close, events are dropped: layers that are
-// shared with another pull go on without this one.
-func (r *relay) add(e pull.Event) {
-	if e.Stage == pull.StageResolving || e.Stage == pull.StageDone {
-		return // the client knows that it asked, and gets the image itself in the end
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.closed {
-		return
-	}
-	if _, unsent := r.latest[e.Desc.Digest]; !unsent {
-		r.changed = append(r.changed, e.Desc.Digest)
-	}
-	r.latest[e.Desc.Digest] = e
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
-}
-
-// take returns the events that were not sent yet.
-func (r *relay) take() []pull.Event {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	events := make([]pull.Event, 0, len(r.changed))
-	for _, key := range r.changed {
-		events = append(events, r.latest[key])
-	}
-	clear(r.latest)
-	r.changed = r.changed[:0]
-	return events
-}
-
-// close ends run once it has sent everything.
-func (r *relay) close() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.closed = true
-	close(r.end)
-}
-
-// run sends events until close, or until sending fails.
-func (r *relay) run(send func(pull.Event) error) error {
-	for ended := false; !ended; {
-		select {
-		case <-r.wake:
-		case <-r.end:
-			ended = true
-		}
-		for _, e := range r.take() {
-			if err := send(e); err != nil {
-				return err
-			}
-		}
-		select {
-		case <-time.After(relayPause):
-		case <-r.end:
-		}
-	}
-	return nil
 }

@@ -139,6 +139,10 @@ type Session struct {
 	PlainHTTP   bool             // reach the registry itself by HTTP, unless a hosts.toml says how
 	SkipVerify  bool             // do not verify certificates, of no endpoint
 	Push        bool             // ask for the right to push, too
+	Header      http.Header      // sent to every endpoint, after its own headers, keys as they are written
+
+	// Hosts lists the endpoints of the registry; default: the Client's.
+	Hosts func(ctx context.Context, host string) ([]hosts.Host, error)
 }
 
 // Repository is one session's view of one repository. It remembers which endpoints are dead, so that one costs at most
@@ -185,7 +189,11 @@ func (r *Repository) endpoints(ctx context.Context) ([]*endpoint, error) {
 	if r.loaded != nil {
 		return r.loaded, nil
 	}
-	found, err := r.client.opts.Hosts(ctx, r.name.Host)
+	lookup := r.client.opts.Hosts
+	if r.session.Hosts != nil {
+		lookup = r.session.Hosts
+	}
+	found, err := lookup(ctx, r.name.Host)
 	if err != nil {
 		return nil, err
 	}
@@ -197,6 +205,15 @@ func (r *Repository) endpoints(ctx context.Context) ([]*endpoint, error) {
 
 // adjust applies what the request says about the transport.
 func (s Session) adjust(h hosts.Host) hosts.Host {
+	if len(s.Header) > 0 {
+		own := h.Header
+		h.Header = make(http.Header, len(own)+len(s.Header))
+		for _, from := range []http.Header{own, s.Header} {
+			for key, values := range from {
+				h.Header[key] = append(h.Header[key], values...)
+			}
+		}
+	}
 	if s.PlainHTTP && h.Implied {
 		h.Scheme = "http"
 		if h.Origin == "" {

@@ -15,6 +15,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -89,7 +90,8 @@ func (m *Manager) Open(ns, id string) (*End, error) {
 	case m.count[ns] >= m.opts.PerNamespace:
 		return nil, fmt.Errorf("namespace %q has %d open streams, which is as many as it may have: close some: %w", ns, m.opts.PerNamespace, errdefs.ErrResourceExhausted)
 	}
-	p := &pair{over: make(chan struct{})}
+	p := &pair{over: make(chan struct{}), gone: make(chan struct{})}
+	p.ends.Store(2)
 	p.forget = func() { m.forget(key, p) }
 	p.unclaimed = time.AfterFunc(m.opts.Unclaimed, func() { p.end(errUnclaimed) })
 	m.streams[key] = p
@@ -155,6 +157,9 @@ type pair struct {
 	once sync.Once
 	err  error // why it is over; set before over is closed
 	over chan struct{}
+
+	ends atomic.Int32  // that are not closed
+	gone chan struct{} // closed when ends is 0
 }
 
 func (p *pair) end(err error) {
@@ -231,11 +236,18 @@ func (e *End) Close() {
 	e.closed.Do(func() {
 		e.out.finish()
 		e.pair.end(errOtherEnd)
+		if e.pair.ends.Add(-1) == 0 {
+			close(e.pair.gone)
+		}
 	})
 }
 
 // Over is closed when either end is, or the stream was ended. See Err.
 func (e *End) Over() <-chan struct{} { return e.pair.over }
+
+// Gone is closed when both ends are: what was sent has been received, or never
+// will be.
+func (e *End) Gone() <-chan struct{} { return e.pair.gone }
 
 // Err says why a stream that is over was ended; nil if an end was closed.
 func (e *End) Err() error {

@@ -68,6 +68,14 @@ func TestBothWays(t *testing.T) {
 	}
 	far.Close()
 	wantErr(t, near, io.EOF)
+	select {
+	case <-far.Gone():
+		t.Error("both ends are gone while one is open")
+	default:
+	}
+	near.Close()
+	near.Close()
+	<-far.Gone()
 	if err := near.Err(); err != nil {
 		t.Errorf("a stream that was closed in order says %v", err)
 	}
