@@ -9,7 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"strings"
+	"sync"
 	"time"
 
 	sdnotify "github.com/coreos/go-systemd/v22/daemon"
@@ -52,72 +52,75 @@ type Daemon struct {
 	collect  func(context.Context) (meta.Collected, error)
 	puller   *pull.Puller
 	address  string
+	unlink   func() // takes the socket's name away, once
 }
 
 // New builds the daemon on its root and takes its socket, without serving yet.
 // The error names what stands in the way: another daemon on the root, a file
 // that can't be read, a driver that the kernel doesn't support. Close or Run
-// must follow.
-func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger) (d *Daemon, err error) {
-	d = &Daemon{log: log, address: cfg.GRPC.Address}
+// must follow, unless there is an error.
+func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger) (_ *Daemon, err error) {
+	d := &Daemon{log: log, address: cfg.GRPC.Address}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.Close())
-			d = nil
 		}
 	}()
 	if err := d.claim(ctx, cfg); err != nil {
-		return d, err
+		return nil, err
 	}
 	blobs, err := content.Open(filepath.Join(cfg.Root, dirContent), filepath.Join(cfg.Root, dirTrash), content.Options{})
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	d.onClose(blobs.Close)
 	drivers, dirs, err := d.openDrivers(cfg)
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	d.gc = gc.New(gcOptions(cfg, log))
 	db, err := d.openMeta(ctx, cfg, blobs, drivers)
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	disks, err := d.openDisks(cfg.Root, dirs)
 	if err != nil {
-		return d, err
+		return nil, err
 	}
 	client := registry.New(registry.Options{
 		Hosts:       hosts.Dirs{Paths: cfg.Registry.Dirs(), Warn: warnHosts(log)}.Lookup,
 		Credentials: auth.DockerConfig{},
-		UserAgent:   "holdfast/" + strings.TrimPrefix(build.Version, "v"),
+		UserAgent:   "holdfast/" + build.own(),
 	})
+	d.onClose(func() error { client.CloseIdle(); return nil })
 	d.puller = pull.New(db, remote(client), disks, pull.Options{Downloads: downloads(cfg), Log: log})
 	d.onClose(d.puller.Close)
-	differ := diff.New(diff.Options{Temp: mount.Temp{Dir: filepath.Join(cfg.Root, dirTempMounts)}})
 
-	d.server = api.NewServer()
+	d.server = api.NewServer(serverOptions(cfg.GRPC)...)
 	api.Register(d.server, api.Options{
-		DB: db, Diff: differ, Pull: d.puller,
+		DB: db, Diff: diff.New(diff.Options{Temp: mount.Temp{Dir: filepath.Join(cfg.Root, dirTempMounts)}}), Pull: loggedPuller{d.puller, log},
 		Collect:     d.gc.ScheduleAndWait,
-		Version:     build.Version,
+		Version:     build.api(),
 		Revision:    build.Revision,
 		IdentityDir: filepath.Join(cfg.Root, dirIntrospection),
 		Plugins:     plugins(cfg, drivers, dirs),
 		Tree: func(ctx context.Context, ns string) ([]survey.Node, error) {
-			return survey.Tree(ctx, survey.Store{Root: cfg.Root, DB: db, Content: blobs, Drivers: drivers}, ns)
+			return survey.Tree(ctx, survey.Store{Root: cfg.Root, DB: db, Content: blobs, Drivers: drivers, Dirs: dirs}, ns)
 		},
 		Check: func(ctx context.Context, deep bool) (fsck.Report, error) {
-			return fsck.Check(ctx, fsck.Store{DB: db, Content: blobs, Drivers: drivers}, fsck.Options{Deep: deep})
+			return fsck.Check(ctx, fsck.Store{DB: db, Content: blobs, Drivers: drivers}, fsck.Options{Deep: deep, Settle: d.settle})
 		},
 	})
-	d.listener, err = listen(cfg.GRPC)
-	return d, err
+	if err := d.listen(cfg.GRPC); err != nil {
+		return nil, err
+	}
+	return d, nil
 }
 
 func (d *Daemon) onClose(f func() error) { d.closers = append(d.closers, f) }
 
-// claim makes the directories ours, or says whose they are.
+// claim makes the directories ours, or says whose they are. Nothing in them is
+// touched before.
 func (d *Daemon) claim(ctx context.Context, cfg *config.Config) error {
 	if err := cfg.Refuse(); err != nil {
 		return err
@@ -127,8 +130,18 @@ func (d *Daemon) claim(ctx context.Context, cfg *config.Config) error {
 			d.log.Warn("oom_score is not set: a lower score than the present one needs CAP_SYS_RESOURCE", "oom_score", cfg.OOMScore, "error", err)
 		}
 	}
-	if err := refuseLiveSocket(cfg.GRPC.Address); err != nil {
+	if err := checkAddress(cfg.GRPC.Address); err != nil {
 		return err
+	}
+	for _, dir := range []struct{ what, path, advice string }{
+		{"root", cfg.Root, "another --root and --state"},
+		{"state directory", cfg.State, "another --state"},
+	} {
+		unlock, err := lockDirectory(dir.what, dir.path, dir.advice)
+		if err != nil {
+			return err
+		}
+		d.onClose(unlock)
 	}
 	if err := refuseHeldRoot(cfg.Root, filepath.Join(cfg.Root, dirMetadata, "meta.db")); err != nil {
 		return err
@@ -150,7 +163,6 @@ func (d *Daemon) openMeta(ctx context.Context, cfg *config.Config, blobs *conten
 	}
 	db, err := meta.Open(ctx, path, blobs, drivers, meta.Options{
 		Isolated:    cfg.Metadata.ContentSharing == "isolated",
-		NoSync:      cfg.Metadata.NoSync,
 		OpenTimeout: wait,
 		Changed:     d.gc.Changed,
 		Log:         d.log,
@@ -164,6 +176,22 @@ func (d *Daemon) openMeta(ctx context.Context, cfg *config.Config, blobs *conten
 		d.log.Warn("recovered: " + line)
 	}
 	return db, nil
+}
+
+// listen takes the socket. Its name goes when the daemon stops, and only
+// once: by then it may be another daemon's.
+func (d *Daemon) listen(cfg config.GRPC) (err error) {
+	if d.listener, err = listen(cfg); err != nil {
+		return err
+	}
+	d.unlink = sync.OnceFunc(func() { os.Remove(d.address) })
+	return nil
+}
+
+// settle collects, for a check that has found garbage.
+func (d *Daemon) settle(ctx context.Context) error {
+	_, err := d.gc.ScheduleAndWait(ctx)
+	return err
 }
 
 // Run serves until ctx ends, and then closes everything in order.
@@ -184,7 +212,9 @@ func (d *Daemon) Run(ctx context.Context) error {
 		d.log.Info("stopping")
 		d.notify(sdnotify.SdNotifyStopping)
 		d.drain()
-		err = <-served
+		if err = <-served; errors.Is(err, grpc.ErrServerStopped) {
+			err = nil // told to stop before it began
+		}
 	}
 	return errors.Join(err, d.Close())
 }
@@ -197,13 +227,14 @@ func (d *Daemon) notify(state string) {
 
 // drain lets calls end by themselves for a while.
 func (d *Daemon) drain() {
-	os.Remove(d.address)
+	d.unlink()
 	done := make(chan struct{})
 	go func() { d.server.GracefulStop(); close(done) }()
 	d.puller.Close()
 	select {
 	case <-done:
 	case <-time.After(shutdownTimeout):
+		d.log.Warn("calls under way are cut off", "after", shutdownTimeout)
 		d.server.Stop()
 		<-done
 	}
@@ -211,6 +242,9 @@ func (d *Daemon) drain() {
 
 // Close lets go of everything, newest first. Only the first call counts.
 func (d *Daemon) Close() error {
+	if d.unlink != nil {
+		d.unlink()
+	}
 	if d.server != nil {
 		d.server.Stop()
 	}

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 
 	"github.com/holdfast-dev/holdfast/internal/config"
+	"github.com/holdfast-dev/holdfast/internal/durable"
 )
 
 // The directories of a root, by containerd's names (source: the seed note and
@@ -21,7 +22,7 @@ import (
 //	    io.containerd.snapshotter.v1.<driver>/  0700  snapshot drivers
 //	    io.holdfast.v1.trash/                   0700  blobs on their way out
 //	    tmpmounts/                              0700  emptied at start
-//	<state>/                                    0711
+//	<state>/                                    0711  locked, as the root is, while a daemon runs
 //	    io.containerd.runtime.v2.task/          0711  nothing yet
 //	<opt.path>/{bin,lib}/                       0711
 const (
@@ -34,7 +35,7 @@ const (
 	dirTempMounts    = "tmpmounts"
 )
 
-// makeDirectories makes what the rooms don't make themselves, and tightens the
+// makeDirectories makes, durably, what the rooms don't make themselves, and tightens the
 // modes of what an older daemon has left open.
 func makeDirectories(cfg *config.Config) error {
 	dirs := []struct {
@@ -50,6 +51,11 @@ func makeDirectories(cfg *config.Config) error {
 	}
 	for _, d := range dirs {
 		if err := makeDirectory(d.path, d.mode); err != nil {
+			return err
+		}
+	}
+	for _, dir := range []string{cfg.Root, filepath.Dir(cfg.Root)} {
+		if err := durable.SyncDir(dir); err != nil {
 			return err
 		}
 	}

@@ -18,8 +18,34 @@ import (
 )
 
 // A root belongs to whoever holds the lock that bolt takes on its meta.db:
-// containerd and Holdfast both do, so each keeps the other out. The questions
-// here only serve to say who it is; bolt's own lock, taken later, decides.
+// containerd and Holdfast both do, so each keeps the other out. But bolt takes it
+// late, after other parts have tidied up what they found, and doesn't say who has it.
+// So Holdfast first locks the directory itself, which keeps a second Holdfast out from
+// the first moment on, and then asks whether a containerd has meta.db.
+
+// lockDirectory makes dir if needed and locks it until unlock, or returns
+// errdefs.ErrUnavailable, naming the process that has it. Nothing is written: the
+// lock is on the directory, and goes with the process.
+func lockDirectory(what, dir, advice string) (unlock func() error, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make directories: %w", err)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		err = fmt.Errorf("%s %s is in use by %s: stop it, or give this daemon %s: %w", what, dir, lockHolder(f), advice, errdefs.ErrUnavailable)
+	} else if err != nil {
+		err = fmt.Errorf("lock %s %s: %w", what, dir, err)
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f.Close, nil
+}
 
 // refuseHeldRoot returns errdefs.ErrUnavailable, naming the process, when a
 // daemon has the meta.db at path open.

@@ -17,20 +17,33 @@ import (
 // what containerd's clients keep free, in bytes.
 const maxSocketPath = 104
 
+// checkAddress says why no socket can be made at path: it is too long, somebody
+// answers there, or something else than a socket is there.
+func checkAddress(path string) error {
+	if len(path) > maxSocketPath {
+		return fmt.Errorf("address %s has %d bytes and a socket's path at most %d: choose a shorter one: %w", path, len(path), maxSocketPath, errdefs.ErrInvalidArgument)
+	}
+	info, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("address: %w", err)
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("address %s is taken by something that is no socket: choose another one: %w", path, errdefs.ErrInvalidArgument)
+	}
+	return refuseLiveSocket(path)
+}
+
 // listen makes the socket, 0660 and owned as configured. One that a dead
 // daemon has left is replaced.
 func listen(cfg config.GRPC) (net.Listener, error) {
 	path := cfg.Address
-	if len(path) > maxSocketPath {
-		return nil, fmt.Errorf("address %s has %d bytes and a socket's path at most %d: choose a shorter one: %w", path, len(path), maxSocketPath, errdefs.ErrInvalidArgument)
-	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, err
 	}
-	if err := refuseLiveSocket(path); err != nil {
-		return nil, err
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := checkAddress(path); err != nil { // again: a daemon may have come since
 		return nil, err
 	}
 	// Made in a directory of its own, which nobody else may enter, and renamed: at no moment has it a wider mode.

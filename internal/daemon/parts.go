@@ -11,6 +11,8 @@ import (
 	"slices"
 	"syscall"
 
+	"google.golang.org/grpc"
+
 	"github.com/holdfast-dev/holdfast/internal/api"
 	"github.com/holdfast-dev/holdfast/internal/config"
 	"github.com/holdfast-dev/holdfast/internal/durable"
@@ -32,6 +34,7 @@ func (d *Daemon) openDrivers(cfg *config.Config) (map[string]snapshot.Driver, ma
 			return overlay.Open(dir, overlay.Options{
 				MountOptions:  cfg.Overlay.MountOptions,
 				UpperdirLabel: cfg.Overlay.UpperdirLabel,
+				SlowChown:     cfg.Overlay.SlowChown,
 			})
 		},
 		"native": func(dir string) (snapshot.Driver, error) { return native.Open(dir, native.Options{}) },
@@ -70,7 +73,18 @@ func gcOptions(cfg *config.Config, log *slog.Logger) gc.Options {
 		MutationThreshold: cmp.Or(cfg.GC.MutationThreshold, 1),
 		ScheduleDelay:     cfg.GC.ScheduleDelay,
 		StartupDelay:      cmp.Or(cfg.GC.StartupDelay, -1),
+		Collected:         logCollected(log),
 		Log:               log,
+	}
+}
+
+// serverOptions are the limits that the config sets. A server that is stopped
+// waits for its calls: they use what is closed next.
+func serverOptions(cfg config.GRPC) []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.MaxRecvMsgSize(cfg.MaxRecvMessage),
+		grpc.MaxSendMsgSize(cfg.MaxSendMessage),
+		grpc.WaitForHandlers(true),
 	}
 }
 
@@ -78,9 +92,7 @@ func gcOptions(cfg *config.Config, log *slog.Logger) gc.Options {
 const maxDownloads = 64
 
 // downloads is how many layers a pull fetches at once; 0 is no bound.
-func downloads(cfg *config.Config) int {
-	return min(cmp.Or(cfg.Pull.MaxConcurrentDownloads, maxDownloads), maxDownloads)
-}
+func downloads(cfg *config.Config) int { return min(cmp.Or(cfg.Pull.MaxConcurrentDownloads, maxDownloads), maxDownloads) }
 
 // disk is a durable.FS as a pull sees it.
 type disk struct{ fs *durable.FS }
