@@ -26,6 +26,11 @@ func main() {
 	busybox := flag.String("busybox", "/bin/busybox", "`path` of a static busybox")
 	ready := flag.String("ready-file", "", "`file` into which the image's reference is written when it can be pulled")
 	flag.Parse()
+	if flag.NArg() > 0 {
+		fmt.Fprintf(os.Stderr, "holdfast-demo: unexpected argument %q\n", flag.Arg(0))
+		flag.Usage()
+		os.Exit(2)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, *listen, *busybox, *ready); err != nil {

@@ -35,7 +35,11 @@ func (a *app) pull() *cobra.Command {
 			if err := credential(cmd.Context(), req, user); err != nil {
 				return err
 			}
-			return a.runPull(cmd.Context(), req)
+			err := a.runPull(cmd.Context(), req)
+			if status.Code(err) == codes.Canceled && cmd.Context().Err() != nil {
+				return errInterrupted
+			}
+			return err
 		},
 	}
 	f := cmd.Flags()
@@ -116,8 +120,6 @@ func (a *app) runPull(ctx context.Context, req *holdfastv1.PullRequest) error {
 	err = sum.follow(stream, a.out, d)
 	d.close()
 	switch {
-	case status.Code(err) == codes.Canceled && ctx.Err() != nil:
-		return errInterrupted
 	case err != nil:
 		return err
 	case sum.done == nil:
