@@ -38,7 +38,7 @@ func (r *Repository) ask(ctx context.Context, ep *endpoint, q query, more bool) 
 			return nil, context.Cause(ctx)
 		}
 		if err == nil && a.StatusCode == http.StatusUnauthorized {
-			if err := r.login(ctx, ep, a, &tally); err != nil {
+			if err := r.login(ctx, ep, q, a, &tally); err != nil {
 				return nil, err
 			}
 			if n < maxAttempts {
@@ -53,9 +53,11 @@ func (r *Repository) ask(ctx context.Context, ep *endpoint, q query, more bool) 
 		if !again || n == maxAttempts {
 			return a, err
 		}
-		if hook := r.client.opts.Hooks.Retry; hook != nil {
-			hook(ep.Host.Host, "/"+q.path, n, wait, cause(a, err))
-		}
+		r.tell(func(h Hooks) {
+			if h.Retry != nil {
+				h.Retry(ep.Host.Host, "/"+q.path, n, wait, cause(a, err))
+			}
+		})
 		if err == nil {
 			a.discard()
 		}
@@ -66,11 +68,12 @@ func (r *Repository) ask(ctx context.Context, ep *endpoint, q query, more bool) 
 }
 
 // login answers a 401.
-func (r *Repository) login(ctx context.Context, ep *endpoint, a *answer, tally *attempts) error {
+func (r *Repository) login(ctx context.Context, ep *endpoint, q query, a *answer, tally *attempts) error {
 	defer a.discard()
 	if ep.foreign != nil || !strings.EqualFold(a.served, ep.Host.Host) {
 		return &loginError{fmt.Errorf("%s wants a login and is not the registry: %w", a.served, errdefs.ErrUnauthenticated)}
 	}
+	start := time.Now()
 	err := r.auth.Refused(ctx, auth.Refusal{
 		Response:  a.Response,
 		Scope:     r.scope,
@@ -79,6 +82,7 @@ func (r *Repository) login(ctx context.Context, ep *endpoint, a *answer, tally *
 		UserAgent: r.client.opts.UserAgent,
 		Header:    ep.header,
 	})
+	r.exchanged(Exchange{Host: ep.Host.Host, Object: q.object, Start: start, Login: time.Since(start), Err: err})
 	if err != nil {
 		return &loginError{err}
 	}

@@ -194,9 +194,14 @@ func (r *Repository) markDown(ep *endpoint, err error) {
 	}
 	c.down[ep.key()] = time.Now().Add(downFor)
 	c.mu.Unlock()
-	if hook := c.opts.Hooks.MirrorDown; hook != nil && !known {
-		hook(ep.Host.Host, err)
+	if known {
+		return
 	}
+	r.tell(func(h Hooks) {
+		if h.MirrorDown != nil {
+			h.MirrorDown(ep.Host.Host, err)
+		}
+	})
 }
 
 // isDown reports whether ep is to be passed over while there is another. What a new session inherits from others it

@@ -25,6 +25,7 @@ const (
 type query struct {
 	method string
 	path   string // below the API root, unescaped: "<name>/blobs/<digest>"
+	object string // the tag or digest that it is about
 	accept string
 	offset int64 // where the bytes wanted begin; a Range header if not 0
 	end    int64 // where they end; some servers refuse a Range that leaves it open
@@ -67,6 +68,7 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 	home := *u
 	for hop := 0; ; hop++ {
 		atHome := u.Scheme == home.Scheme && strings.EqualFold(u.Host, home.Host)
+		start := time.Now()
 		req, err := r.request(ctx, ep, q, u, atHome)
 		if err != nil {
 			return nil, err
@@ -75,7 +77,7 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 		if !atHome {
 			pool = ep.transport.away
 		}
-		a, err := c.roundTrip(req, pool, ep.dial)
+		a, err := r.timedTrip(req, pool, ep.dial, Exchange{Host: u.Host, Object: q.object, Start: start, Login: time.Since(start)})
 		if err != nil && atHome && u.Scheme == "https" && ep.TriesTLSFirst() && ep.isPlainHTTP(err) {
 			c.setPlain(ep.Host.Host)
 			u = ep.url(q.path, true)
@@ -85,7 +87,7 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 		if err != nil {
 			return nil, err
 		}
-		c.warnings(a)
+		r.warnings(a)
 		next, err := redirectTarget(a)
 		switch {
 		case err != nil:
@@ -103,6 +105,21 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 		}
 		u = next
 	}
+}
+
+// timedTrip is roundTrip, and tells what its time went to.
+func (r *Repository) timedTrip(req *http.Request, pool *http.Transport, dial time.Duration, e Exchange) (*answer, error) {
+	if !r.timed() {
+		return r.roundTrip(req, pool, dial)
+	}
+	var w stopwatch
+	a, err := r.roundTrip(req.WithContext(httptrace.WithClientTrace(req.Context(), w.trace())), pool, dial)
+	w.stop(&e)
+	if e.Err = err; err == nil {
+		e.Status = a.StatusCode
+	}
+	r.exchanged(e)
+	return a, err
 }
 
 // request builds q for u.
@@ -147,32 +164,35 @@ func (e *loginError) Unwrap() error { return e.error }
 
 // roundTrip sends one request under a watchdog: the connection must stand within dial, and afterwards no Stall may
 // pass without a sign of life.
-func (c *Client) roundTrip(req *http.Request, pool *http.Transport, dial time.Duration) (*answer, error) {
-	parent := req.Context()
+func (r *Repository) roundTrip(req *http.Request, pool *http.Transport, dial time.Duration) (*answer, error) {
+	parent, stall := req.Context(), r.client.opts.Stall
 	ctx, cancel := context.WithCancelCause(parent)
 	dog := &watchdog{cancel: cancel}
 	dog.timer = time.AfterFunc(dial, func() { dog.bite(dial) })
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{GotConn: func(httptrace.GotConnInfo) {
 		dog.connected.Store(true)
-		dog.timer.Reset(c.opts.Stall)
+		dog.timer.Reset(stall)
 	}})
 	start := time.Now()
 	resp, err := pool.RoundTrip(req.WithContext(ctx))
 	dog.timer.Stop()
 	status := 0
 	if err != nil {
-		err = dog.explain(parent, ctx, withoutURL(err), c.opts.Stall)
+		err = dog.explain(parent, ctx, withoutURL(err), stall)
 		cancel(nil)
 	} else {
 		status = resp.StatusCode
 	}
-	if hook := c.opts.Hooks.Request; hook != nil {
-		hook(req.URL.Host, req.Method, req.URL.Path, status, time.Since(start), err)
-	}
+	took := time.Since(start)
+	r.tell(func(h Hooks) {
+		if h.Request != nil {
+			h.Request(req.URL.Host, req.Method, req.URL.Path, status, took, err)
+		}
+	})
 	if err != nil {
 		return nil, err
 	}
-	body := &watchedBody{from: resp.Body, dog: dog, stall: c.opts.Stall, parent: parent, ctx: ctx}
+	body := &watchedBody{from: resp.Body, dog: dog, stall: stall, parent: parent, ctx: ctx}
 	return &answer{Response: resp, served: req.URL.Host, body: body}, nil
 }
 
@@ -261,14 +281,16 @@ func redirectTarget(a *answer) (*url.URL, error) {
 }
 
 // warnings passes on what the registry has to say to people (the distribution specification's Warning header).
-func (c *Client) warnings(a *answer) {
-	if c.opts.Hooks.Warning == nil {
-		return
-	}
+func (r *Repository) warnings(a *answer) {
 	const most = 8
 	for i, w := range a.Header.Values("Warning") {
 		if rest, ok := strings.CutPrefix(w, `299 - "`); ok && i < most {
-			c.opts.Hooks.Warning(a.served, printable(strings.ReplaceAll(strings.TrimSuffix(rest, `"`), `\"`, `"`)))
+			text := printable(strings.ReplaceAll(strings.TrimSuffix(rest, `"`), `\"`, `"`))
+			r.tell(func(h Hooks) {
+				if h.Warning != nil {
+					h.Warning(a.served, text)
+				}
+			})
 		}
 	}
 }

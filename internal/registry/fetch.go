@@ -169,9 +169,11 @@ func (b *Blob) Read(p []byte) (int, error) {
 		}
 		n, err := b.body.Read(p[:min(int64(len(p)), left)])
 		b.next += int64(n)
-		if hook := b.repo.client.opts.Hooks.Bytes; hook != nil && n > 0 {
-			hook(b.host, b.desc.Digest, n)
-		}
+		b.repo.tell(func(h Hooks) {
+			if h.Bytes != nil && n > 0 {
+				h.Bytes(b.host, b.desc.Digest, n)
+			}
+		})
 		if b.next == b.desc.Size {
 			err = nil
 		} else if err != nil {
@@ -231,9 +233,11 @@ func (b *Blob) resume(err error) error {
 	} else if wait := b.repo.client.opts.Backoff << (b.resumes - 1) / 2; sleep(b.ctx, wait) != nil {
 		return b.cancelled()
 	}
-	if hook := b.repo.client.opts.Hooks.Resume; hook != nil {
-		hook(src.host(), b.desc.Digest, b.next, err)
-	}
+	b.repo.tell(func(h Hooks) {
+		if h.Resume != nil {
+			h.Resume(src.host(), b.desc.Digest, b.next, err)
+		}
+	})
 	return b.connect()
 }
 
@@ -305,7 +309,7 @@ func (b *Blob) open(src source, more bool) (*answer, *Error) {
 	fail := func(err error) (*answer, *Error) {
 		return nil, b.repo.failure("fetch", b.desc.Digest, src.host(), err)
 	}
-	q := query{method: http.MethodGet, path: src.path, accept: "*/*", offset: b.next, end: b.desc.Size}
+	q := query{method: http.MethodGet, path: src.path, object: b.desc.Digest.String(), accept: "*/*", offset: b.next, end: b.desc.Size}
 	if b.whole {
 		q.offset = 0
 	}

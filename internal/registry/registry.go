@@ -46,6 +46,8 @@ type Options struct {
 type Hooks struct {
 	// Request ends one HTTP exchange, without its body. Status is 0 if err says why there is none. Path has no query.
 	Request func(host, method, path string, status int, d time.Duration, err error)
+	// Exchange ends one HTTP exchange, too, and says what its time went to.
+	Exchange func(Exchange)
 	// Retry announces that the request is repeated at the same endpoint after wait. Attempt counts from 1.
 	Retry func(host, path string, attempt int, wait time.Duration, err error)
 	// MirrorDown tells of an endpoint that will not be asked again for a while.
@@ -140,6 +142,9 @@ type Session struct {
 	SkipVerify  bool             // do not verify certificates, of no endpoint
 	Push        bool             // ask for the right to push, too
 	Header      http.Header      // sent to every endpoint, after its own headers, keys as they are written
+
+	// Hooks are told of this session what the Client's are told of all.
+	Hooks Hooks
 
 	// Hosts lists the endpoints of the registry; default: the Client's.
 	Hosts func(ctx context.Context, host string) ([]hosts.Host, error)

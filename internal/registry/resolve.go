@@ -110,7 +110,7 @@ func (r *Repository) resolveBelow(ctx context.Context, below string, want digest
 
 // resolveAt asks one endpoint: by HEAD where its answer says everything, else by GET.
 func (r *Repository) resolveAt(ctx context.Context, ep *endpoint, path string, want digest.Digest, more bool) (oci.Descriptor, error) {
-	q := query{method: http.MethodHead, path: path, accept: manifestTypes, tag: want == ""}
+	q := query{method: http.MethodHead, path: path, object: path[strings.LastIndexByte(path, '/')+1:], accept: manifestTypes, tag: want == ""}
 	a, err := r.ask(ctx, ep, q, more)
 	if err != nil {
 		return oci.Descriptor{}, err
