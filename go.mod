@@ -49,5 +49,5 @@ require (
 	golang.org/x/net v0.60.0 // indirect
 	golang.org/x/text v0.42.0 // indirect
 	gotest.tools/v3 v3.5.2 // indirect
-	k8s.io/cri-api v0.36.4 // indirect
+	k8s.io/cri-api v0.36.4
 )

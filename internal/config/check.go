@@ -40,6 +40,13 @@ func (c *Config) Check() []Finding {
 		v := c.tree.lookup(b.path...)
 		found = append(found, Finding{Key: dotted(b.path), Value: literal(v.leaf), Origin: v.from, Status: Honoured})
 	}
+	for _, fam := range families {
+		for _, path := range c.members(fam) {
+			bound[joinPath(path)] = true
+			v := c.tree.lookup(path...)
+			found = append(found, Finding{Key: dotted(path), Value: literal(v.leaf), Origin: v.from, Status: Honoured})
+		}
+	}
 	if v := c.tree.lookup("imports"); v != nil {
 		bound["imports"] = true
 		found = append(found, Finding{Key: "imports", Value: literal(v.leaf), Origin: v.from, Status: Honoured})
@@ -111,7 +118,8 @@ func isSection(path []string) bool {
 			return true
 		}
 	}
-	return slices.ContainsFunc(knownKeys(), func(k knownKey) bool { return below(k.path) })
+	return slices.ContainsFunc(families, func(f family) bool { return below(f.path) }) ||
+		slices.ContainsFunc(knownKeys(), func(k knownKey) bool { return below(k.path) })
 }
 
 // checkParts looks at the URIs of disabled_plugins or required_plugins.
@@ -121,6 +129,8 @@ func (c *Config) checkParts(key string, uris []string) []Finding {
 		kind, served := servedParts()[uri]
 		f := Finding{Key: key, Value: quoteString(uri), Origin: c.Origin(key), Status: Honoured}
 		switch {
+		case key == "required_plugins" && kind == "partial":
+			f.Status, f.Reason = Later, "this Holdfast has only a part of it: the daemon refuses to start; take it out of the list, or stay with containerd"
 		case key == "required_plugins" && served && !slices.Contains(c.Disabled, uri):
 			f.Reason = "it is there"
 		case key == "required_plugins" && served:
@@ -129,7 +139,7 @@ func (c *Config) checkParts(key string, uris []string) []Finding {
 			f.Status, f.Reason = Later, "this Holdfast doesn't have it: the daemon refuses to start; take it out of the list, or stay with containerd"
 		case !served:
 			f.Reason = "this Holdfast doesn't have it in any case"
-		case kind == "optional":
+		case kind != "fixed":
 			f.Reason = "it is not offered"
 		default:
 			f.Status, f.Reason = Never, "it is a fixed part of Holdfast and stays"
@@ -140,9 +150,10 @@ func (c *Config) checkParts(key string, uris []string) []Finding {
 }
 
 // Offers says whether the part of the given plugin URI is to be offered: not
-// if disabled_plugins names it. Only snapshotters can be left out.
+// if disabled_plugins names it. Only snapshotters and the kubelet's door can be
+// left out.
 func (c *Config) Offers(uri string) bool {
-	return !slices.Contains(c.Disabled, uri) || servedParts()[uri] != "optional"
+	return !slices.Contains(c.Disabled, uri) || servedParts()[uri] == "fixed"
 }
 
 // Refuse returns an error if the configuration says itself that the daemon

@@ -39,6 +39,7 @@ type Config struct {
 	Native    Native
 	Pull      Pull
 	Registry  Registry
+	CRI       CRI
 	OptPath   string        // where `ctr install` puts bin and lib
 	BoltOpen  time.Duration // how long to wait for another holder of the store; 0 leaves it to the daemon
 	Disabled  []string      // plugin URIs that must not be offered; see Offers
@@ -115,6 +116,28 @@ func (r Registry) Dirs() []string {
 		}
 	}
 	return filepath.SplitList(defaultRegistryDirs)
+}
+
+// CRI configures what the kubelet is served.
+type CRI struct {
+	Snapshotter            string            // for images whose runtime handler names none
+	Snapshotters           map[string]string // by runtime handler
+	MaxConcurrentDownloads int               // see Downloads
+	PullProgressTimeout    time.Duration     // a pull that gets no byte for so long ends; 0 = it doesn't
+	PinnedImages           map[string]string // references that the kubelet must not remove, by what they are for
+}
+
+// defaultDownloads is the default of CRI.MaxConcurrentDownloads.
+const defaultDownloads = 3
+
+// CRIDownloads bounds the layers of one of the kubelet's pulls that are fetched
+// at once; 0 = no bound. As in containerd, the kubelet's own setting
+// counts if it is not the default, and else the one for all pulls.
+func (c *Config) CRIDownloads() int {
+	if c.CRI.MaxConcurrentDownloads != defaultDownloads {
+		return max(c.CRI.MaxConcurrentDownloads, 0)
+	}
+	return c.Pull.MaxConcurrentDownloads
 }
 
 // Flags are the values given on the command line; they override the

@@ -5,6 +5,7 @@ import (
 	"flag"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -59,6 +60,10 @@ func TestDefaults(t *testing.T) {
 		GC:       GC{PauseThreshold: 0.02, MutationThreshold: 100, StartupDelay: 100 * time.Millisecond},
 		Overlay:  Overlay{MountOptions: []string{}},
 		Pull:     Pull{MaxConcurrentDownloads: 3},
+		CRI: CRI{
+			Snapshotter: "overlayfs", Snapshotters: map[string]string{}, MaxConcurrentDownloads: 3,
+			PullProgressTimeout: 5 * time.Minute, PinnedImages: map[string]string{"sandbox": "registry.k8s.io/pause:3.10.2"},
+		},
 		OptPath:  "/opt/containerd",
 		Disabled: []string{}, Required: []string{},
 	}
@@ -91,8 +96,11 @@ func TestDefaultDocument(t *testing.T) {
 			t.Errorf("default.toml doesn't have %s", dotted(b.path))
 		}
 	}
+	inFamily := func(path []string) bool {
+		return slices.ContainsFunc(families, func(f family) bool { return matches(f.path, path) })
+	}
 	for path := range tree.leaves(nil) {
-		if !keys[joinPath(path)] {
+		if !keys[joinPath(path)] && !inFamily(path) {
 			t.Errorf("default.toml has %s, which isn't bound", dotted(path))
 		}
 	}
@@ -121,6 +129,11 @@ func TestContainerdDefaults(t *testing.T) {
 		}
 		if theirs.Origin(b.path...).File == "" {
 			t.Errorf("containerd 2.4.2 doesn't have %s", dotted(b.path))
+		}
+	}
+	for _, f := range families {
+		if got, want := *f.field(theirs), *f.field(ours); !maps.Equal(got, want) {
+			t.Errorf("%s: containerd's default is %v, ours %v", dotted(f.path), got, want)
 		}
 	}
 }
@@ -191,6 +204,14 @@ func TestValues(t *testing.T) {
 			func(c *Config) any { return [2]int{c.GC.MutationThreshold, c.GC.DeletionThreshold} }, [2]int{0, 4}},
 		{"plugin lists are replaced", []string{"c", "version = 4\nimports = ['e']\n[plugins.'" + overlay + "']\nmount_options = ['a', 'b']", "e", "version = 4\n[plugins.'" + overlay + "']\nmount_options = ['c']"}, func(c *Config) any { return c.Overlay.MountOptions }, []string{"c"}},
 		{"dotted keys and inline tables", []string{"c", "version = 4\nplugins = { '" + optService + "' = { path = '/p' } }\ndebug.level = 'info'"}, func(c *Config) any { return [2]any{c.OptPath, c.Log.Level} }, [2]any{"/p", "info"}},
+		{"pinned images add up", []string{"c", "version = 4\n[plugins.'" + criImages + "'.pinned_images]\nmine = 'x/y:1'\nempty = ''"},
+			func(c *Config) any { return c.CRI.PinnedImages }, map[string]string{"sandbox": "registry.k8s.io/pause:3.10.2", "mine": "x/y:1"}},
+		{"version 2 pause image", []string{"c", "version = 2\n[plugins.'" + cri + "']\nsandbox_image = 'x/pause:1'"},
+			func(c *Config) any { return c.CRI.PinnedImages }, map[string]string{"sandbox": "x/pause:1"}},
+		{"snapshotters of handlers", []string{"c", "version = 4\n[plugins.'" + criRuntime + "'.containerd.runtimes.kata]\nsnapshotter = 'a'\n[plugins.'" + criRuntime + "'.containerd.runtimes.other]\nsnapshotter = 'b'\n[plugins.'" + criRuntime + "'.containerd.runtimes.runc]\nsnapshotter = ''\n[plugins.'" + criImages + "'.runtime_platforms.kata]\nsnapshotter = 'c'"},
+			func(c *Config) any { return c.CRI.Snapshotters }, map[string]string{"kata": "c", "other": "b"}},
+		{"downloads of all pulls are the kubelet's", []string{"c", "version = 4\n[plugins.'" + transfer + "']\nmax_concurrent_downloads = 9"}, func(c *Config) any { return c.CRIDownloads() }, 9},
+		{"but for its own", []string{"c", "version = 4\n[plugins.'" + transfer + "']\nmax_concurrent_downloads = 9\n[plugins.'" + criImages + "']\nmax_concurrent_downloads = 5"}, func(c *Config) any { return c.CRIDownloads() }, 5},
 		{"a number for a share", []string{"c", "version = 4\n[plugins.'" + gcScheduler + "']\npause_threshold = 0"}, func(c *Config) any { return c.GC.PauseThreshold }, 0.0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -241,6 +262,8 @@ func TestErrors(t *testing.T) {
 		{"level", "version = 4\n[debug]\nlevel = 'loud'", "c:3: debug.level = 'loud': must be one of"},
 		{"format", "version = 4\n[debug]\nformat = 'xml'", "must be text or json"},
 		{"duration", "version = 4\n[timeouts]\n'io.containerd.timeout.bolt.open' = 'soon'", "must be a duration"},
+		{"negative progress", "version = 4\n[plugins.'" + criImages + "']\nimage_pull_progress_timeout = '-1s'", "must not be negative"},
+		{"pinned number", "version = 4\n[plugins.'" + criImages + "'.pinned_images]\nsandbox = 3", "c:3: plugins.'" + criImages + "'.pinned_images.sandbox must be a string"},
 		{"policy", "version = 4\n[plugins.'io.containerd.metadata.v1.bolt']\ncontent_sharing_policy = ''", "must be shared or isolated"},
 		{"bool", "version = 4\n[plugins.'io.containerd.snapshotter.v1.overlayfs']\nslow_chown = 1", "must be true or false"},
 		{"number", "version = 4\noom_score = 99999999999", "32 bits"},
@@ -310,6 +333,9 @@ func TestParts(t *testing.T) {
 	if c.Offers(native) || !c.Offers(overlay) || !c.Offers(metaBolt) {
 		t.Errorf("offers native %t, overlayfs %t, bolt %t", c.Offers(native), c.Offers(overlay), c.Offers(metaBolt))
 	}
+	if c := load(t, "c", "version = 4\ndisabled_plugins = ['"+criServer+"', '"+criImages+"']"); c.Offers(criServer) || c.Offers(criImages) {
+		t.Error("the kubelet's door can't be left out")
+	}
 	err := c.Refuse()
 	if err == nil || !strings.Contains(err.Error(), criServer) || !strings.Contains(err.Error(), native) || strings.Contains(err.Error(), overlay) {
 		t.Errorf("refuses with %v", err)
@@ -330,6 +356,11 @@ func TestKeysFile(t *testing.T) {
 		}
 		for _, b := range bindings {
 			if matches(k.path, b.path) {
+				t.Errorf("%v is honoured, and in keys.txt", k.path)
+			}
+		}
+		for _, f := range families {
+			if matches(k.path, f.path) {
 				t.Errorf("%v is honoured, and in keys.txt", k.path)
 			}
 		}

@@ -3,6 +3,7 @@ package config
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"math"
 	"path/filepath"
 	"slices"
@@ -50,7 +51,55 @@ var bindings = []binding{
 	{plugin(optService, "path"), func(c *Config) any { return &c.OptPath }},
 	{plugin(transfer, "max_concurrent_downloads"), func(c *Config) any { return &c.Pull.MaxConcurrentDownloads }},
 	{plugin(transfer, "config_path"), func(c *Config) any { return &c.Registry.TransferPath }},
+	{plugin(criImages, "snapshotter"), func(c *Config) any { return &c.CRI.Snapshotter }},
+	{plugin(criImages, "max_concurrent_downloads"), func(c *Config) any { return &c.CRI.MaxConcurrentDownloads }},
+	{plugin(criImages, "image_pull_progress_timeout"), func(c *Config) any { return &c.CRI.PullProgressTimeout }},
 	{plugin(criImages, "registry", "config_path"), func(c *Config) any { return &c.Registry.CRIPath }},
+}
+
+// family ties keys with one part of the document's choosing, written as *, to
+// a map from that part to the value, a string.
+type family struct {
+	path  []string
+	field func(*Config) *map[string]string
+}
+
+// families are the others that Holdfast honours. A map that two of them fill
+// keeps what the first one says.
+var families = []family{
+	{plugin(criImages, "pinned_images", "*"), func(c *Config) *map[string]string { return &c.CRI.PinnedImages }},
+	{plugin(criImages, "runtime_platforms", "*", "snapshotter"), func(c *Config) *map[string]string { return &c.CRI.Snapshotters }},
+	{plugin(criRuntime, "containerd", "runtimes", "*", "snapshotter"), func(c *Config) *map[string]string { return &c.CRI.Snapshotters }},
+}
+
+// members yields the leaves of a family, each with its name and its path.
+func (c *Config) members(f family) iter.Seq2[string, []string] {
+	return func(yield func(string, []string) bool) {
+		star := slices.Index(f.path, "*")
+		for path := range c.tree.leaves(nil) {
+			if matches(f.path, path) && !yield(path[star], path) {
+				return
+			}
+		}
+	}
+}
+
+// decodeFamily fills a map. An empty string says nothing.
+func (c *Config) decodeFamily(f family) error {
+	all := f.field(c)
+	if *all == nil {
+		*all = map[string]string{}
+	}
+	for name, path := range c.members(f) {
+		var s string
+		if err := decodeLeaf(c.tree.lookup(path...).leaf, &s); err != nil {
+			return fmt.Errorf("%s: %s %w", c.Origin(path...), dotted(path), err)
+		}
+		if _, taken := (*all)[name]; !taken && s != "" {
+			(*all)[name] = s
+		}
+	}
+	return nil
 }
 
 // decode fills the typed fields from the tree.
@@ -62,6 +111,11 @@ func (c *Config) decode() error {
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %s %w", c.Origin(b.path...), dotted(b.path), err)
+		}
+	}
+	for _, f := range families {
+		if err := c.decodeFamily(f); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -192,6 +246,8 @@ func (c *Config) validate() error {
 		return bad("must be a number", plugin(gcScheduler, "pause_threshold")...)
 	case c.BoltOpen < 0:
 		return bad("must not be negative", "timeouts", "io.containerd.timeout.bolt.open")
+	case c.CRI.PullProgressTimeout < 0:
+		return bad("must not be negative", plugin(criImages, "image_pull_progress_timeout")...)
 	}
 	for _, key := range []string{"disabled_plugins", "required_plugins"} {
 		list, _ := stringList(c.tree.lookup(key).leaf) // decoded before

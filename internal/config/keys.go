@@ -88,7 +88,8 @@ func parseKeys(text string) ([]knownKey, error) {
 
 var statusWords = map[string]Status{"later": Later, "never": Never}
 
-// servedParts is the content of parts.txt: "fixed" or "optional" by URI.
+// servedParts is the content of parts.txt: "fixed", "optional" or "partial" by
+// URI.
 var servedParts = sync.OnceValue(func() map[string]string {
 	parts := make(map[string]string)
 	for line := range strings.SplitSeq(partsText, "\n") {

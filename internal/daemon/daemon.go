@@ -28,6 +28,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/registry/auth"
 	"github.com/holdfast-dev/holdfast/internal/registry/hosts"
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
+	"github.com/holdfast-dev/holdfast/internal/stream"
 	"github.com/holdfast-dev/holdfast/internal/survey"
 )
 
@@ -51,6 +52,7 @@ type Daemon struct {
 	gc       *gc.GC
 	collect  func(context.Context) (meta.Collected, error)
 	puller   *pull.Puller
+	streams  *stream.Manager
 	address  string
 	unlink   func() // takes the socket's name away, once
 }
@@ -95,10 +97,13 @@ func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger)
 	d.onClose(func() error { client.CloseIdle(); return nil })
 	d.puller = pull.New(db, remote(client), disks, pull.Options{Downloads: downloads(cfg), Log: log})
 	d.onClose(d.puller.Close)
+	d.streams = stream.New(stream.Options{})
+	d.onClose(d.streams.Close)
 
 	d.server = api.NewServer(serverOptions(cfg.GRPC)...)
 	api.Register(d.server, api.Options{
 		DB: db, Diff: diff.New(diff.Options{Temp: mount.Temp{Dir: filepath.Join(cfg.Root, dirTempMounts)}}), Pull: loggedPuller{d.puller, log},
+		Streams:     d.streams,
 		Collect:     d.gc.ScheduleAndWait,
 		Version:     build.api(),
 		Revision:    build.Revision,
@@ -111,6 +116,7 @@ func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger)
 			return fsck.Check(ctx, fsck.Store{DB: db, Content: blobs, Drivers: drivers}, fsck.Options{Deep: deep, Settle: d.settle})
 		},
 	})
+	d.serveKubelet(cfg, db, drivers, dirs, build)
 	if err := d.listen(cfg.GRPC); err != nil {
 		return nil, err
 	}
@@ -231,6 +237,7 @@ func (d *Daemon) drain() {
 	done := make(chan struct{})
 	go func() { d.server.GracefulStop(); close(done) }()
 	d.puller.Close()
+	d.streams.Close()
 	select {
 	case <-done:
 	case <-time.After(shutdownTimeout):

@@ -92,7 +92,7 @@ func serverOptions(cfg config.GRPC) []grpc.ServerOption {
 const maxDownloads = 64
 
 // downloads is how many layers a pull fetches at once; 0 is no bound.
-func downloads(cfg *config.Config) int { return min(cmp.Or(cfg.Pull.MaxConcurrentDownloads, maxDownloads), maxDownloads) }
+func downloads(cfg *config.Config) int { return boundDownloads(cfg.Pull.MaxConcurrentDownloads) }
 
 // disk is a durable.FS as a pull sees it.
 type disk struct{ fs *durable.FS }
@@ -155,5 +155,5 @@ func plugins(cfg *config.Config, drivers map[string]snapshot.Driver, dirs map[st
 	for name, drv := range drivers {
 		stores.Snapshotters[name] = api.Snapshotter{Dir: dirs[name], Traits: drv.Traits()}
 	}
-	return api.StorePlugins(stores)
+	return append(api.StorePlugins(stores), kubeletPlugins(cfg)...)
 }
