@@ -14,6 +14,8 @@ import (
 	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	streamingapi "github.com/containerd/containerd/api/services/streaming/v1"
+	transferapi "github.com/containerd/containerd/api/services/transfer/v1"
 	versionapi "github.com/containerd/containerd/api/services/version/v1"
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -23,6 +25,7 @@ import (
 
 	"github.com/holdfast-dev/holdfast/internal/fsck"
 	"github.com/holdfast-dev/holdfast/internal/meta"
+	"github.com/holdfast-dev/holdfast/internal/stream"
 	"github.com/holdfast-dev/holdfast/internal/survey"
 	holdfastv1 "github.com/holdfast-dev/holdfast/proto/holdfast/v1"
 )
@@ -51,6 +54,10 @@ type Options struct {
 	DB   *meta.DB
 	Diff Differ
 	Pull Puller
+
+	// Streams pairs the streams that clients open with the calls that use
+	// them. Transfer needs it, and Pull.
+	Streams *stream.Manager
 
 	// Collect runs a collection that begins after the call, and waits for it.
 	// It serves deletions that ask to be synchronous. Default: DB.Collect.
@@ -106,6 +113,8 @@ func Register(srv *grpc.Server, opts Options) {
 	leasesapi.RegisterLeasesServer(srv, &leasesService{door: d})
 	namespacesapi.RegisterNamespacesServer(srv, &namespacesService{door: d})
 	snapshotsapi.RegisterSnapshotsServer(srv, &snapshotsService{door: d})
+	streamingapi.RegisterStreamingServer(srv, &streamingService{door: d, streams: opts.Streams})
+	transferapi.RegisterTransferServer(srv, &transferService{door: d, puller: opts.Pull, streams: opts.Streams})
 	versionapi.RegisterVersionServer(srv, &versionService{version: opts.Version, revision: opts.Revision})
 	holdfastv1.RegisterHoldfastServer(srv, &holdfastService{
 		door: d, puller: opts.Pull, tree: opts.Tree, check: opts.Check,

@@ -19,6 +19,8 @@ const (
 	TypeGC          = "io.containerd.gc.v1"
 	TypeLease       = "io.containerd.lease.v1"
 	TypeDiffer      = "io.containerd.differ.v1"
+	TypeTransfer    = "io.containerd.transfer.v1"
+	TypeStreaming   = "io.containerd.streaming.v1"
 	TypeGRPC        = "io.containerd.grpc.v1"
 )
 
@@ -73,6 +75,8 @@ func StorePlugins(s Stores) []Plugin {
 		Plugin{Type: TypeGC, ID: "scheduler", Requires: []string{TypeMetadata}},
 		Plugin{Type: TypeLease, ID: "manager", Requires: []string{TypeMetadata, TypeGC}},
 		Plugin{Type: TypeDiffer, ID: "walking", Requires: []string{TypeMetadata}, Platforms: host},
+		Plugin{Type: TypeStreaming, ID: "manager", Requires: []string{TypeMetadata}},
+		Plugin{Type: TypeTransfer, ID: "local", Requires: []string{TypeLease, TypeMetadata, TypeDiffer, TypeSnapshotter}},
 	)
 }
 
@@ -105,6 +109,8 @@ func servicePlugins() []Plugin {
 		{Type: TypeGRPC, ID: "leases", Requires: []string{TypeLease}},
 		{Type: TypeGRPC, ID: "namespaces", Requires: []string{TypeMetadata}},
 		{Type: TypeGRPC, ID: "snapshots", Requires: []string{TypeMetadata}},
+		{Type: TypeGRPC, ID: "streaming", Requires: []string{TypeStreaming}},
+		{Type: TypeGRPC, ID: "transfer", Requires: []string{TypeTransfer, TypeStreaming}},
 		{Type: TypeGRPC, ID: "version"},
 	}
 }

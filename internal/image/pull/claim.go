@@ -59,6 +59,7 @@ func (r *run) claim(ctx context.Context, plan plan) (claims []*claim, err error)
 		if i > 0 {
 			j.before = led[i-1]
 		}
+		j.report(Event{Stage: StageWaiting, Desc: j.layer.Desc}) // from here, so that all hear of the layers in their order
 		r.p.jobs.Go(j.run)
 	}
 	return claims, nil

@@ -160,7 +160,6 @@ func (j *job) dropActive() {
 // work is the life of one layer. Bytes that don't match their digest are
 // thrown away, snapshot and all, and fetched once more from elsewhere.
 func (j *job) work(ctx context.Context) error {
-	j.report(Event{Stage: StageWaiting, Desc: j.layer.Desc})
 	free, err := j.takeSlot(ctx)
 	if err != nil {
 		return err
