@@ -23,10 +23,13 @@ import (
 // When ctx ends, Apply returns at once, though a Read of r may still be under
 // way in another goroutine: the caller then closes r, or what it reads from.
 // Otherwise nobody reads r any more when Apply returns.
-func Apply(ctx context.Context, r io.Reader, mediaType string, to Emitter, limits Limits) (Result, error) {
+func Apply(ctx context.Context, r io.Reader, mediaType string, to Emitter, limits Limits) (res Result, err error) {
 	limits = limits.orDefaults()
 	s := openStream(ctx, r, mediaType, limits)
-	defer s.close()
+	defer func() {
+		s.close()
+		res.Times = s.clock.times()
+	}()
 	if err := to.begin(limits); err != nil {
 		return Result{}, err
 	}
@@ -40,7 +43,7 @@ func Apply(ctx context.Context, r io.Reader, mediaType string, to Emitter, limit
 	if err := fault.Point("layer.apply.read"); err != nil {
 		return Result{}, err
 	}
-	res := Result{DiffID: s.diffID(), Size: s.size}
+	res = Result{DiffID: s.diffID(), Size: s.size}
 	if err := to.finish(&res); err != nil {
 		return Result{}, err
 	}

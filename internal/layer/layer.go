@@ -56,6 +56,8 @@ type Result struct {
 	// either is not empty. Only an overlay without parents has them.
 	Implied []string
 	Links   []Link
+
+	Times Times // what it spent its time on; also set when it failed
 }
 
 // Limits bound what a hostile archive can cost (inv 10). A field that is zero

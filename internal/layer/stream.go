@@ -7,6 +7,7 @@ import (
 	"hash"
 	"io"
 	"sync/atomic"
+	"time"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -24,6 +25,7 @@ type stream struct {
 	limits Limits
 
 	compressed atomic.Int64 // bytes that the decompressor has taken
+	clock      clock
 	full, free chan []byte
 	failed     chan error    // why the goroutine ended, io.EOF if all is well
 	stop       chan struct{} // closed when no more is wanted
@@ -50,6 +52,7 @@ func openStream(ctx context.Context, r io.Reader, mediaType string, limits Limit
 		sum:    sha256.New(),
 		header: -1,
 	}
+	s.clock.begun = time.Now()
 	for range chunks {
 		s.free <- make([]byte, chunkSize)
 	}
@@ -59,7 +62,9 @@ func openStream(ctx context.Context, r io.Reader, mediaType string, limits Limit
 
 func (s *stream) run(r io.Reader, mediaType string) {
 	defer close(s.ended)
-	z, err := decompress(counted{r, &s.compressed}, mediaType)
+	begun := time.Now()
+	z, err := decompress(timed{r, &s.compressed, &s.clock.source}, mediaType)
+	lap(&s.clock.inflate, begun)
 	if err == nil {
 		err = s.fill(z)
 		z.Close()
@@ -72,11 +77,13 @@ func (s *stream) run(r io.Reader, mediaType string) {
 func (s *stream) fill(z io.Reader) error {
 	for {
 		var buf []byte
+		t := time.Now()
 		select {
 		case buf = <-s.free:
 		case <-s.stop:
 			return context.Canceled
 		}
+		t = lap(&s.clock.blocked, t)
 		n := 0
 		var err error
 		for n < len(buf) && err == nil {
@@ -84,6 +91,7 @@ func (s *stream) fill(z io.Reader) error {
 			m, err = z.Read(buf[n:])
 			n += m
 		}
+		lap(&s.clock.inflate, t)
 		if n > 0 {
 			s.full <- buf[:n] // has room for every chunk
 		}
@@ -120,15 +128,19 @@ func (s *stream) next() error {
 	if err := s.ctx.Err(); err != nil {
 		return err
 	}
+	begun := time.Now()
 	select {
 	case <-s.ctx.Done():
 		return s.ctx.Err()
 	case chunk, ok := <-s.full:
+		arrived := time.Now()
+		s.clock.starved += arrived.Sub(begun)
 		if !ok {
 			return <-s.failed
 		}
 		s.chunk, s.rest = chunk, chunk
 		s.sum.Write(chunk)
+		s.clock.hash += time.Since(arrived)
 		s.size += int64(len(chunk))
 		return s.check(0)
 	}
@@ -183,15 +195,4 @@ func (s *stream) close() {
 	case <-s.ended:
 	case <-s.ctx.Done():
 	}
-}
-
-type counted struct {
-	r io.Reader
-	n *atomic.Int64
-}
-
-func (c counted) Read(p []byte) (int, error) {
-	n, err := c.r.Read(p)
-	c.n.Add(int64(n))
-	return n, err
 }

@@ -52,7 +52,7 @@ func (r *Repository) exchanged(e Exchange) {
 // stopwatch times one exchange. A dial may go on in the background after the request has got another's connection, and
 // two may race, so it locks, counts from the first begin to the last end, and ends with the connection.
 type stopwatch struct {
-	mu                         sync.Mutex
+	mu                      sync.Mutex
 	dns, connect, tls, wait lap
 }
 
