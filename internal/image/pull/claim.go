@@ -21,6 +21,7 @@ type claim struct {
 	job    *job
 	led    bool // this pull started it
 	report func(Event)
+	trace  Hooks
 }
 
 // claim joins the jobs of all layers, bottom first, and starts those that
@@ -48,6 +49,7 @@ func (r *run) claim(ctx context.Context, plan plan) (claims []*claim, err error)
 		return claims, err
 	}
 	r.claimed = true
+	r.shares(claims, present)
 	for _, j := range present {
 		j.report(Event{Stage: StageExists, Desc: j.layer.Desc, Offset: j.layer.Desc.Size})
 		j.finish(nil)

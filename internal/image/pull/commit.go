@@ -42,8 +42,9 @@ type ready struct {
 	sealed  *meta.Sealed // the blob, once its bytes have their place
 	release func()       // its pin
 
-	done chan struct{}
-	err  error
+	taken func() // tells that the commit in front is through
+	done  chan struct{}
+	err   error
 }
 
 // below is the error of a layer that can't be had because the one below it
@@ -59,6 +60,8 @@ func (b *below) Unwrap() error { return b.err }
 // commit returns when rd is recorded, or couldn't be.
 func (c *committer) commit(rd *ready) error {
 	rd.done = make(chan struct{})
+	end := rd.job.begin(PhaseBatch)
+	rd.taken = func() { end(nil) }
 	c.mu.Lock()
 	c.queue = append(c.queue, rd)
 	lead := !c.busy
@@ -81,6 +84,9 @@ func (c *committer) drain() {
 		c.mu.Unlock()
 		if len(batch) == 0 {
 			return
+		}
+		for _, rd := range batch {
+			rd.taken()
 		}
 		// A batch that has begun is finished even if the pulls that wait for it are gone: it is short, and half of it is worth nothing.
 		c.settle(context.Background(), batch)
@@ -135,18 +141,21 @@ func (c *committer) land(ctx context.Context, batch []*ready) (refused bool, err
 		}
 	}
 	if how.Synced {
-		if err := c.run.sync(ctx); err != nil {
+		end := c.begin(batch, PhaseSync)
+		err := c.run.sync(ctx)
+		end()
+		if err != nil {
 			return false, err
 		}
 	}
 	if err := fault.Point("pull.land.synced"); err != nil {
 		return false, err
 	}
+	if err := c.seal(ctx, batch, how); err != nil {
+		return false, err
+	}
 	var steps []snapshot.Commit
 	for _, rd := range batch {
-		if err := rd.seal(ctx, how); err != nil {
-			return false, err
-		}
 		if rd.active != "" {
 			steps = append(steps, rd.step())
 		}
@@ -154,7 +163,9 @@ func (c *committer) land(ctx context.Context, batch []*ready) (refused bool, err
 	if err := fault.Point("pull.land.sealed"); err != nil {
 		return false, err
 	}
+	end := c.begin(batch, PhaseSnapshot)
 	snaps, release, err := c.run.snaps.CommitChain(ctx, steps...)
+	end()
 	if err != nil {
 		return true, err
 	}
@@ -162,6 +173,7 @@ func (c *committer) land(ctx context.Context, batch []*ready) (refused bool, err
 	if err := fault.Point("pull.land.committed"); err != nil {
 		return false, err
 	}
+	defer c.begin(batch, PhaseMeta)()
 	return false, c.run.sp.Update(ctx, func(tx *meta.Tx) error {
 		for _, rd := range batch {
 			if err := rd.record(tx); err != nil {
@@ -175,6 +187,17 @@ func (c *committer) land(ctx context.Context, batch []*ready) (refused bool, err
 		}
 		return nil
 	})
+}
+
+// seal moves the blobs of a batch to their places.
+func (c *committer) seal(ctx context.Context, batch []*ready, how content.CommitOptions) error {
+	defer c.begin(batch, PhaseSeal)()
+	for _, rd := range batch {
+		if err := rd.seal(ctx, how); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // seal moves the blob to its place, once.

@@ -72,7 +72,7 @@ func (p *Puller) join(r *run, key layerKey, l image.Layer, parent *job) (c *clai
 		p.layers[key] = j
 		p.live[r.sp.Lease()]++
 	}
-	c = &claim{job: j, led: led, report: r.report}
+	c = &claim{job: j, led: led, report: r.report, trace: r.req.Trace}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.over {
@@ -160,7 +160,9 @@ func (j *job) dropActive() {
 // work is the life of one layer. Bytes that don't match their digest are
 // thrown away, snapshot and all, and fetched once more from elsewhere.
 func (j *job) work(ctx context.Context) error {
+	end := j.begin(PhaseQueue)
 	free, err := j.takeSlot(ctx)
+	end(nil)
 	if err != nil {
 		return err
 	}
@@ -258,7 +260,10 @@ func (j *job) land(ctx context.Context, free func()) (*ready, error) {
 	}
 	rd := &ready{job: j, writer: src.writer}
 	if j.key.packed || !j.by.snaps.Traits().Rebase {
-		if err := src.drain(ctx); err != nil {
+		end := j.begin(PhaseFetch)
+		err := src.drain(ctx)
+		end(src.pass(layer.Result{}))
+		if err != nil {
 			return nil, errors.Join(err, src.close())
 		}
 		free()
@@ -288,45 +293,65 @@ func (j *job) land(ctx context.Context, free func()) (*ready, error) {
 
 // unpack emits the layer into its active snapshot while its bytes go by.
 func (j *job) unpack(ctx context.Context, src *source, rd *ready) error {
+	emit, err := j.emitter(ctx)
+	if err != nil {
+		return err
+	}
+	end := j.begin(PhaseUnpack)
+	res, err := j.apply(ctx, src, emit)
+	end(src.pass(res))
+	if err != nil {
+		return err
+	}
+	end = j.begin(PhaseFlush)
+	rd.synced, err = emit.Sync()
+	end(nil)
+	rd.active, rd.result = j.active, res
+	return err
+}
+
+// emitter writes files, and may sync what it has written.
+type emitter interface {
+	layer.Emitter
+	Sync() (bool, error)
+}
+
+// emitter opens the active snapshot for writing.
+func (j *job) emitter(ctx context.Context) (emitter, error) {
 	dir, _, err := j.by.snaps.Dir(ctx, j.active)
 	if err != nil {
-		return err
-	}
-	var emit interface {
-		layer.Emitter
-		Sync() (bool, error)
+		return nil, err
 	}
 	if j.by.snaps.Traits().Form == snapshot.FormOverlay {
-		emit, err = layer.NewOverlay(dir, nil, layer.OverlayOptions{UserXattr: j.by.p.opts.UserXattr})
-	} else {
-		emit, err = layer.NewDirectory(dir)
+		return layer.NewOverlay(dir, nil, layer.OverlayOptions{UserXattr: j.by.p.opts.UserXattr})
 	}
-	if err != nil {
-		return err
-	}
+	return layer.NewDirectory(dir)
+}
+
+// apply reads the blob to its end, and verifies it and the archive in it.
+func (j *job) apply(ctx context.Context, src *source, emit layer.Emitter) (layer.Result, error) {
 	// The end of ctx reaches Apply through src: nobody reads src any more when it returns.
 	res, applyErr := layer.Apply(context.WithoutCancel(ctx), src, j.layer.Desc.MediaType, emit, j.by.p.opts.Limits)
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return res, context.Cause(ctx)
 	}
 	if err := src.failure(); err != nil {
-		return err
+		return res, err
 	}
 	// Whether the archive is bad or its bytes were changed on the way shows only at the end of the blob.
-	if err := src.drain(ctx); err != nil {
-		return err
+	begun := time.Now()
+	err := src.drain(ctx)
+	res.Times.Source += time.Since(begun)
+	if err != nil {
+		return res, err
 	}
 	if applyErr != nil {
-		return applyErr
+		return res, applyErr
 	}
 	if res.DiffID != j.layer.DiffID {
-		return fmt.Errorf("the archive's uncompressed digest is %s and the image config promises %s; the image is broken, its author must rebuild it: %w", res.DiffID, j.layer.DiffID, errdefs.ErrFailedPrecondition)
+		return res, fmt.Errorf("the archive's uncompressed digest is %s and the image config promises %s; the image is broken, its author must rebuild it: %w", res.DiffID, j.layer.DiffID, errdefs.ErrFailedPrecondition)
 	}
-	if rd.synced, err = emit.Sync(); err != nil {
-		return err
-	}
-	rd.active, rd.result = j.active, res
-	return nil
+	return res, nil
 }
 
 // commit queues the layer behind its parent.
@@ -352,6 +377,8 @@ func (j *job) waitParent(ctx context.Context, committed bool) error {
 	if p == nil {
 		return nil
 	}
+	end := j.begin(PhaseParent)
+	defer end(nil)
 	wait := p.queued
 	if committed || p.by != j.by {
 		wait = p.done

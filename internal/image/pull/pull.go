@@ -62,6 +62,7 @@ type Request struct {
 	NoUnpack    bool // fetch all layers and leave them packed
 	Session     registry.Session
 	Progress    func(Event) // called from several goroutines; must not block
+	Trace       Hooks
 
 	// Names lists the image records to make, all for the same target and in
 	// one transaction. Default: the reference. The first is the one that Pull
@@ -158,16 +159,23 @@ func (p *Puller) Pull(ctx context.Context, sp meta.Space, reference string, req 
 		}
 	}()
 	r.report(Event{Stage: StageResolving})
+	end := r.begin(PhaseResolve)
 	target, err := r.repo.Resolve(ctx)
+	end()
 	if err != nil {
 		return meta.Image{}, err
 	}
 	r.report(Event{Stage: StageResolved, Desc: target})
-	if err := r.start(ctx, target); err != nil {
+	end = r.begin(PhaseBegin)
+	err = r.start(ctx, target)
+	end()
+	if err != nil {
 		return meta.Image{}, err
 	}
 	defer r.end(&err)
+	end = r.begin(PhaseDocuments)
 	plan, err := r.plan(ctx, target)
+	end()
 	if err != nil {
 		return meta.Image{}, err
 	}
@@ -325,11 +333,15 @@ func (p *Puller) letGo(lease string) (inUse bool) {
 // this one takes the layer over.
 func (r *run) layers(ctx context.Context, plan plan) error {
 	for n := 1; ; n++ {
+		end := r.begin(PhaseClaim)
 		claims, err := r.claim(ctx, plan)
+		end()
 		if err != nil {
 			return err
 		}
+		end = r.begin(PhaseLayers)
 		foreign, err := r.wait(ctx, claims)
+		end()
 		if err == nil {
 			r.foreign = fetchedByOthers(claims)
 		}
@@ -400,6 +412,7 @@ var errCollected = errors.New("removed in the meantime")
 // name, and the end of this pull's lease and of those that earlier, failed
 // pulls of the same image have left.
 func (r *run) record(ctx context.Context, plan plan) (meta.Image, error) {
+	defer r.begin(PhaseRecord)()
 	if err := r.docs.seal(ctx); err != nil {
 		return meta.Image{}, err
 	}

@@ -7,11 +7,13 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-dev/holdfast/internal/content"
+	"github.com/holdfast-dev/holdfast/internal/layer"
 	"github.com/holdfast-dev/holdfast/internal/meta"
 	"github.com/holdfast-dev/holdfast/internal/oci"
 	"github.com/holdfast-dev/holdfast/internal/registry"
@@ -29,6 +31,7 @@ type source struct {
 	offset int64           // bytes read so far
 	here   int64           // bytes that were kept
 	err    error           // why reading or writing failed
+	spent  Pass            // on the bytes since the last pass began
 }
 
 // lied says that all of a blob has come, and is another one.
@@ -94,8 +97,11 @@ func (s *source) Read(p []byte) (int, error) {
 	}
 	size := s.job.layer.Desc.Size
 	if s.offset < s.here {
+		begun := time.Now()
 		n, err := s.kept.ReadAt(p[:min(int64(len(p)), s.here-s.offset)], s.offset)
 		s.offset += int64(n)
+		s.spent.Kept += int64(n)
+		s.spent.Read += time.Since(begun)
 		if n > 0 {
 			return n, nil
 		}
@@ -116,15 +122,23 @@ func (s *source) Read(p []byte) (int, error) {
 // fetch reads the next bytes from the registry and keeps them.
 func (s *source) fetch(p []byte) (int, error) {
 	desc := s.job.layer.Desc
+	begun := time.Now()
 	if s.body == nil {
 		var err error
-		if s.body, err = s.job.by.repo.Fetch(s.ctx, desc, s.offset); err != nil {
+		s.body, err = s.job.by.repo.Fetch(s.ctx, desc, s.offset)
+		begun = spend(&s.spent.Open, begun)
+		if err != nil {
 			return 0, err
 		}
 	}
 	n, err := s.body.Read(p[:min(int64(len(p)), desc.Size-s.offset)])
+	begun = spend(&s.spent.Network, begun)
 	if n > 0 {
-		if _, err := s.writer.Write(p[:n]); err != nil {
+		s.spent.Fetched += int64(n)
+		s.spent.Host = s.body.Host()
+		_, err := s.writer.Write(p[:n])
+		spend(&s.spent.Keep, begun)
+		if err != nil {
 			return 0, fmt.Errorf("keep fetched bytes: %w", err)
 		}
 		s.offset += int64(n)
@@ -135,6 +149,21 @@ func (s *source) fetch(p []byte) (int, error) {
 		err = io.ErrUnexpectedEOF
 	}
 	return 0, fmt.Errorf("%s: %w", s.body.Host(), err)
+}
+
+// spend adds the time since begun to d and returns now.
+func spend(d *time.Duration, begun time.Time) time.Time {
+	now := time.Now()
+	*d += now.Sub(begun)
+	return now
+}
+
+// pass ends a pass that has come to res. Nobody reads s meanwhile.
+func (s *source) pass(res layer.Result) *Pass {
+	p := s.spent
+	p.Unpacked, p.Times = res.Size, res.Times
+	s.spent = Pass{}
+	return &p
 }
 
 // failure is what went wrong on this side, and not with what the bytes mean.
