@@ -241,7 +241,8 @@ func (s Snapshots) Commit(ctx context.Context, name, key, parent string, labels 
 			return err
 		}
 		defer release()
-		return s.sp.Update(ctx, func(tx *Tx) error { return tx.recordOrLease(created[0]) })
+		// The active snapshot is no more: a caller that goes away now must not leave its record behind.
+		return s.sp.Update(context.WithoutCancel(ctx), func(tx *Tx) error { return tx.recordOrLease(created[0]) })
 	}
 }
 

@@ -190,7 +190,11 @@ func (r *run) recordClaim(ctx context.Context, led, present []*job, made []meta.
 			}
 		}
 		for _, j := range present {
-			if err := tx.LeaseSnapshot(r.snaps.Driver(), j.layer.ChainID.String()); err != nil {
+			err := tx.LeaseSnapshot(r.snaps.Driver(), j.layer.ChainID.String())
+			if errdefs.IsNotFound(err) {
+				return fmt.Errorf("layer %s: %w", j.layer.Desc.Digest, errCollected)
+			}
+			if err != nil {
 				return err
 			}
 		}

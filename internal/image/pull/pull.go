@@ -336,6 +336,9 @@ func (r *run) layers(ctx context.Context, plan plan) error {
 		end := r.begin(PhaseClaim)
 		claims, err := r.claim(ctx, plan)
 		end()
+		if errors.Is(err, errCollected) && n < maxClaims {
+			continue
+		}
 		if err != nil {
 			return err
 		}
@@ -404,8 +407,9 @@ func fetchedByOthers(claims []*claim) (layers []image.Layer) {
 	return layers
 }
 
-// errCollected says that a layer, which another pull had fetched, was removed
-// with that pull's image before this one could record its own.
+// errCollected says that a layer, which was there or which another pull had
+// fetched, was removed with the last image that held it before this pull could
+// hold it too.
 var errCollected = errors.New("removed in the meantime")
 
 // record is T4: the documents, whose bytes are synced one by one, the image's
