@@ -349,6 +349,7 @@ func TestBadArchives(t *testing.T) {
 		for i, driver := range slices.Concat(drivers, drivers) {
 			at := i / len(drivers) // in the stack of layers
 			t.Run(fmt.Sprintf("%s/%s/%d", name, driver, at), func(t *testing.T) {
+				t.Parallel()
 				h := newHouse(t, settings{})
 				stack := slices.Insert([]registrytest.Layer{simple(1, 100), simple(2, 100)}, at, gzipped(test.archive))
 				img := h.push("app", "1", stack...)
@@ -395,6 +396,7 @@ func TestCompressionDamage(t *testing.T) {
 	} {
 		for _, driver := range drivers {
 			t.Run(name+"/"+driver, func(t *testing.T) {
+				t.Parallel()
 				h := newHouse(t, settings{})
 				img := h.push("app", "1", l)
 				wantError(t, h.pull("app:1", Request{Snapshotter: driver}), img.Layers[0].Digest.String())
