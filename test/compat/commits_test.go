@@ -34,6 +34,7 @@ const (
 // TestCommitsOfAPull counts the write transactions that a pull of an image of
 // one layer takes in both databases, and prints containerd's beside them.
 func TestCommitsOfAPull(t *testing.T) {
+	t.Parallel()
 	srv := registrytest.New(t)
 	one := push(srv, "one", baseLayer)
 	first := push(srv, "first", layertest.Archive(layertest.File("first", "x")))
@@ -104,6 +105,7 @@ func (r root) transactions(t *testing.T, file string) (n uint64) {
 // the same keys and values, but for times and sequence numbers. After a pull
 // of ours they hold what containerd's pull leaves, and what its transfer service adds.
 func TestSameRecords(t *testing.T) {
+	t.Parallel()
 	srv := registrytest.New(t)
 	f := filling{srv: srv, one: push(srv, "one", baseLayer, nextLayer), two: push(srv, "two", baseLayer, sideLayer)}
 	stores := make(map[kind]root)
@@ -129,6 +131,7 @@ func TestSameRecords(t *testing.T) {
 // TestSamePull: a pull of ours leaves in the databases what containerd's
 // transfer service leaves.
 func TestSamePull(t *testing.T) {
+	t.Parallel()
 	srv := registrytest.New(t)
 	one, two := push(srv, "one", baseLayer, nextLayer), push(srv, "two", baseLayer, sideLayer)
 	stores := make(map[kind]root)

@@ -270,6 +270,7 @@ var listed = map[string]struct{ ours, why string }{
 // line prints and exits with, byte for byte but for times, durations and
 // names that are made up.
 func TestCtr(t *testing.T) {
+	t.Parallel()
 	srv := registrytest.New(t)
 	names := scriptNames(t, srv)
 	their, our := newRoot(t).start(t, theirs), newRoot(t).start(t, ours)
@@ -348,11 +349,10 @@ var evened = []struct {
 	{regexp.MustCompile(`\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(Z|[+-]\d\d:\d\d| \+0000 UTC)`), "TIME"},
 	{regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}`), "UUID"},
 	{regexp.MustCompile(`[ \t]+AGE[ \t]+`), " AGE "},
-	{regexp.MustCompile(`[ \t]+(Less than a second|\d+ seconds?|About a minute)[ \t]+`), " AGE "},
+	{regexp.MustCompile(`[ \t]+(Less than a second|\d+ seconds?|About a minute|\d+ minutes)[ \t]+`), " AGE "},
 	{regexp.MustCompile(`(?m)^done: \S+\s*$`), "done: TIME"},
-	// The frames of a progress display before the last one depend on the moment.
-	{regexp.MustCompile(`(?s)exit 0\n.*?elapsed: [^\n]*\n(\S+: +\S+ +\|[^\n]*\n)*`), "exit 0\nPROGRESS\n"},
-	{regexp.MustCompile(`elapsed: [^\n]*\n`), "elapsed: TIME\n"},
+	// The frames of a progress display depend on the moment.
+	{regexp.MustCompile(`(?s)exit 0\n.*elapsed: [^\n]*\n`), "exit 0\nPROGRESS\n"},
 	{regexp.MustCompile(`snapshots/\d+`), "snapshots/N"},
 	{regexp.MustCompile(`[0-9]+-[A-Za-z0-9_-]{4} `), "RANDOM "},
 	// The words of an error are each daemon's own. What programs go by is its kind, at the end.
@@ -390,6 +390,7 @@ func (d *daemon) mustBeSound(t testing.TB) {
 // TestDiff compares what the daemons make of the difference of two snapshots,
 // entry by entry.
 func TestDiff(t *testing.T) {
+	t.Parallel()
 	srv := registrytest.New(t)
 	reference := push(srv, "one", baseLayer, nextLayer)
 	base, next := digest.FromBytes(baseLayer), digest.FromBytes(nextLayer)

@@ -38,6 +38,7 @@ func (k kind) other() kind {
 // TestRootsAreExchanged: a root that one daemon has filled says the same when
 // the other one opens it, and again when it goes back.
 func TestRootsAreExchanged(t *testing.T) {
+	t.Parallel()
 	for _, first := range []kind{theirs, ours} {
 		t.Run("from "+string(first), func(t *testing.T) {
 			srv, r := registrytest.New(t), newRoot(t)
@@ -312,6 +313,7 @@ func lineDifferences(want, got string) string {
 // TestCollectionsOnOneRoot: three times to and fro, each daemon removes what
 // the other one has pulled, and what is left on disk is what the images left need.
 func TestCollectionsOnOneRoot(t *testing.T) {
+	t.Parallel()
 	srv, r := registrytest.New(t), newRoot(t)
 	var references []string
 	for i := range 7 {

@@ -23,6 +23,7 @@ const refusalTimeout = 5 * time.Second
 // TestSecondDaemonIsRefused: on a root or a socket that is in use ours says by
 // whom, and harms nothing.
 func TestSecondDaemonIsRefused(t *testing.T) {
+	t.Parallel()
 	for _, first := range []kind{theirs, ours} {
 		t.Run(string(first), func(t *testing.T) {
 			srv, r := registrytest.New(t), newRoot(t)
@@ -90,6 +91,7 @@ func refusal(t *testing.T, root, state, socket string) string {
 // TestContainerdWaitsForOurs: a containerd that is started on our root waits
 // at bolt's lock, and goes on when we have stopped.
 func TestContainerdWaitsForOurs(t *testing.T) {
+	t.Parallel()
 	srv, r := registrytest.New(t), newRoot(t)
 	d := r.start(t, ours)
 	reference := push(srv, "one", baseLayer)

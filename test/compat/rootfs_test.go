@@ -9,6 +9,7 @@ import (
 	"path"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -112,6 +113,7 @@ type fixture struct {
 // TestRootFileSystems: however an image is unpacked, a container sees what
 // containerd shows with the same driver, entry by entry.
 func TestRootFileSystems(t *testing.T) {
+	t.Parallel()
 	f := fixture{registrytest.New(t), newRoot(t).start(t, theirs), newRoot(t).start(t, ours)}
 	used := 0
 	for _, img := range layertest.Awkward() {
@@ -229,8 +231,15 @@ func timeless(t *testing.T, img layertest.Image, snapshotter string) func(dir st
 	return func(dir string) bool { return snapshotter == native || implied[dir] || !named[dir] }
 }
 
-// Random images come from this seed on.
-var seed = flag.Uint64("seed", 0, "first seed of the random images; 0 is one from the clock")
+// What is random comes from this seed on.
+var seed = flag.Uint64("seed", 0, "first seed of what is random; 0 is one from the clock")
+
+var firstSeed = sync.OnceValue(func() uint64 {
+	if *seed == 0 {
+		return uint64(time.Now().Unix())
+	}
+	return *seed
+})
 
 const randomImages = 30
 
@@ -238,14 +247,13 @@ const randomImages = 30
 // containerd fails with overlayfs, or shows another tree than with its native
 // driver, ours may be as the native one.
 func TestRandomRootFileSystems(t *testing.T) {
-	if *seed == 0 {
-		*seed = uint64(time.Now().Unix())
-	}
-	t.Logf("the first seed is %d", *seed)
+	t.Parallel()
+	first := firstSeed()
+	t.Logf("the first seed is %d", first)
 	f := fixture{registrytest.New(t), newRoot(t).start(t, theirs), newRoot(t).start(t, ours)}
 	var same, odd int
 	for n := range uint64(randomImages) {
-		img := randomImage(*seed + n)
+		img := randomImage(first + n)
 		t.Run(img.Name, func(t *testing.T) {
 			byNative, err := f.oracle(t, img, native)
 			if err != nil {
