@@ -73,13 +73,13 @@ func find(all []Image, name string) (Image, error) {
 }
 
 func findPrefix(all []Image, name string) (Image, error) {
-	alg, prefix, ok := strings.Cut(name, ":")
-	if !ok {
-		alg, prefix = "", name
+	alg, prefix, hasAlg := strings.Cut(name, ":")
+	if !hasAlg {
+		prefix = name
 	}
 	var found []Image
 	for _, img := range all {
-		if img.ID == "" || prefix == "" || alg != "" && alg != string(img.ID.Algorithm()) {
+		if img.ID == "" || prefix == "" || hasAlg && alg != string(img.ID.Algorithm()) {
 			continue
 		}
 		if strings.HasPrefix(img.ID.Encoded(), prefix) {
