@@ -366,17 +366,11 @@ func TestInterrupt(t *testing.T) {
 	d := harness.Start(t, harness.Options{})
 	reached := reg.Hold(img.LayerBytes() / 2)
 	cmd := exec.Command(harness.Build(t).CLI, "--address", d.Socket, "pull", "--plain-http", ref)
-	ended := make(chan result, 1)
-	cmdStarted := make(chan struct{})
-	go func() {
-		close(cmdStarted)
-		ended <- run(t, cmd)
-	}()
-	<-cmdStarted
+	wait := start(t, cmd)
 	<-reached
 	kept(t, d, img)
 	cmd.Process.Signal(syscall.SIGINT)
-	res := <-ended
+	res := wait()
 	res.wants(t, 1, "interrupted; what was fetched is kept for a day, and the same command goes on from there")
 	soon(t, "the daemon lets go of the pull", func() bool {
 		st := d.Ingests(t)

@@ -37,7 +37,13 @@ func holdfastd(t *testing.T, args ...string) result {
 	return run(t, exec.Command(harness.Build(t).Daemon, args...))
 }
 
-func run(t *testing.T, cmd *exec.Cmd) (res result) {
+func run(t *testing.T, cmd *exec.Cmd) result {
+	t.Helper()
+	return start(t, cmd)()
+}
+
+// start starts a command; the func it returns waits for it, a minute at most.
+func start(t *testing.T, cmd *exec.Cmd) (wait func() result) {
 	t.Helper()
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
@@ -45,15 +51,18 @@ func run(t *testing.T, cmd *exec.Cmd) (res result) {
 		t.Fatal(err)
 	}
 	killer := time.AfterFunc(time.Minute, func() { cmd.Process.Kill() })
-	defer killer.Stop()
-	err := cmd.Wait()
-	if exit, ok := errors.AsType[*exec.ExitError](err); ok {
-		res.code = exit.ExitCode()
-	} else if err != nil {
-		t.Fatal(err)
+	return func() (res result) {
+		t.Helper()
+		defer killer.Stop()
+		err := cmd.Wait()
+		if exit, ok := errors.AsType[*exec.ExitError](err); ok {
+			res.code = exit.ExitCode()
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		res.out, res.err = out.String(), errs.String()
+		return res
 	}
-	res.out, res.err = out.String(), errs.String()
-	return res
 }
 
 // wants fails unless the command ended with code and printed all of parts to standard output, or to standard error

@@ -144,6 +144,8 @@ func (d *Daemon) dial() error {
 		grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff: backoff.Config{BaseDelay: 5 * time.Millisecond, Multiplier: 1.5, MaxDelay: 50 * time.Millisecond},
+			// Else a connection must be ready within the backoff, which a busy machine doesn't always manage.
+			MinConnectTimeout: startTimeout,
 		}))
 	if err != nil {
 		return err
