@@ -19,6 +19,8 @@ import (
 	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	streamingapi "github.com/containerd/containerd/api/services/streaming/v1"
+	transferapi "github.com/containerd/containerd/api/services/transfer/v1"
 	versionapi "github.com/containerd/containerd/api/services/version/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -38,6 +40,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 	"github.com/holdfast-dev/holdfast/internal/snapshot/native"
 	"github.com/holdfast-dev/holdfast/internal/snapshot/overlay"
+	"github.com/holdfast-dev/holdfast/internal/stream"
 	"github.com/holdfast-dev/holdfast/internal/survey"
 	holdfastv1 "github.com/holdfast-dev/holdfast/proto/holdfast/v1"
 )
@@ -61,6 +64,8 @@ type fixture struct {
 	leases        leasesapi.LeasesClient
 	namespaces    namespacesapi.NamespacesClient
 	snapshots     snapshotsapi.SnapshotsClient
+	streaming     streamingapi.StreamingClient
+	transfer      transferapi.TransferClient
 	version       versionapi.VersionClient
 	holdfast      holdfastv1.HoldfastClient
 }
@@ -154,6 +159,8 @@ func (f *fixture) serve(t *testing.T, opts Options) {
 	f.leases = leasesapi.NewLeasesClient(conn)
 	f.namespaces = namespacesapi.NewNamespacesClient(conn)
 	f.snapshots = snapshotsapi.NewSnapshotsClient(conn)
+	f.streaming = streamingapi.NewStreamingClient(conn)
+	f.transfer = transferapi.NewTransferClient(conn)
 	f.version = versionapi.NewVersionClient(conn)
 	f.holdfast = holdfastv1.NewHoldfastClient(conn)
 }
@@ -227,6 +234,8 @@ var methods = map[string]string{
 	"containerd.services.snapshots.v1.Snapshots/Update":             "TestSnapshots",
 	"containerd.services.snapshots.v1.Snapshots/Usage":              "TestSnapshots",
 	"containerd.services.snapshots.v1.Snapshots/View":               "TestSnapshots",
+	"containerd.services.streaming.v1.Streaming/Stream":             "TestStreaming",
+	"containerd.services.transfer.v1.Transfer/Transfer":             "TestTransferPull",
 	"containerd.services.version.v1.Version/Version":                "TestVersion",
 	"grpc.health.v1.Health/Check":                                   "TestHealth",
 	"grpc.health.v1.Health/List":                                    "TestHealth",
@@ -240,6 +249,7 @@ var methods = map[string]string{
 func TestMethods(t *testing.T) {
 	f := start(t, func(o *Options) {
 		o.Pull = &pull.Puller{}
+		o.Streams = stream.New(stream.Options{})
 		o.Tree = func(context.Context, string) ([]survey.Node, error) { return nil, nil }
 		o.Check = func(context.Context, bool) (fsck.Report, error) { return fsck.Report{}, nil }
 	})
@@ -272,7 +282,7 @@ func TestMethods(t *testing.T) {
 			t.Errorf("%s is in the table and not registered", full)
 		}
 	}
-	for _, full := range []string{"containerd.services.tasks.v1.Tasks/List", "containerd.services.transfer.v1.Transfer/Transfer", "runtime.v1.RuntimeService/Version"} {
+	for _, full := range []string{"containerd.services.tasks.v1.Tasks/List", "runtime.v1.RuntimeService/Version"} {
 		if st := callEmpty(t, f.conn, full, false); !nobodyHome(st) {
 			t.Errorf("%s, which is not there, answers %v", full, st)
 		}
@@ -321,7 +331,7 @@ func callEmpty(t *testing.T, conn *grpc.ClientConn, full string, stream bool) *s
 
 // Every method that works in a namespace says so when there is none.
 func TestNamespaceRequired(t *testing.T) {
-	f := start(t, func(o *Options) { o.Pull = &pull.Puller{} })
+	f := start(t, func(o *Options) { o.Pull, o.Streams = &pull.Puller{}, stream.New(stream.Options{}) })
 	srv := NewServer()
 	Register(srv, Options{DB: f.db})
 	none := []string{"Introspection/", "Namespaces/", "Version/", "Health/", "Holdfast/Check", "Holdfast/Collect", "Holdfast/Tree"}

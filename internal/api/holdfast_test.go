@@ -25,6 +25,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/ref"
 	"github.com/holdfast-dev/holdfast/internal/registry"
 	"github.com/holdfast-dev/holdfast/internal/registry/registrytest"
+	"github.com/holdfast-dev/holdfast/internal/stream"
 	"github.com/holdfast-dev/holdfast/internal/survey"
 	holdfastv1 "github.com/holdfast-dev/holdfast/proto/holdfast/v1"
 )
@@ -41,6 +42,7 @@ func pulling(t *testing.T, w ...*watched) *fixture {
 		return repo, r.Host, r.Path, err
 	}
 	return start(t, func(o *Options) {
+		o.Streams = stream.New(stream.Options{})
 		p := pull.New(o.DB, remote, nil, pull.Options{})
 		t.Cleanup(func() { check(t, p.Close()) })
 		o.Pull = p

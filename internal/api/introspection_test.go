@@ -36,6 +36,7 @@ func TestPlugins(t *testing.T) {
 		"io.containerd.content.v1.content", "io.containerd.snapshotter.v1.overlayfs", "io.containerd.snapshotter.v1.native",
 		"io.containerd.metadata.v1.bolt", "io.containerd.gc.v1.scheduler", "io.containerd.lease.v1.manager",
 		"io.containerd.differ.v1.walking", "io.containerd.grpc.v1.content", "io.containerd.grpc.v1.version",
+		"io.containerd.transfer.v1.local", "io.containerd.streaming.v1.manager", "io.containerd.grpc.v1.transfer", "io.containerd.grpc.v1.streaming",
 	} {
 		if !slices.Contains(all, want) {
 			t.Errorf("%s is not among %v", want, all)

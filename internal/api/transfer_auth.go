@@ -28,8 +28,9 @@ const authTimeout = 2 * time.Minute
 type callback struct {
 	end       *stream.End
 	reference string
-	turn      chan struct{} // holds a token while a question is open
-	broken    error         // the stream can't be used any more: a late answer would be taken for the next one
+	turn      chan struct{} // holds a token while somebody asks
+	owed      int           // answers to come: more than one if somebody has asked and not waited
+	broken    error         // why the client isn't asked any more
 }
 
 func newCallback(end *stream.End, reference string) *callback {
@@ -49,8 +50,11 @@ func (c *callback) Credential(ctx context.Context, host string) (auth.Credential
 	}
 	resp, err := c.ask(ctx, host)
 	if err != nil {
-		c.broken = fmt.Errorf("ask the client for credentials: %w", err)
-		return auth.Credential{}, c.broken
+		err = fmt.Errorf("ask the client for credentials: %w", err)
+		if ctx.Err() == nil {
+			c.broken = err
+		}
+		return auth.Credential{}, err
 	}
 	return credentialOf(resp)
 }
@@ -65,12 +69,14 @@ func (c *callback) ask(ctx context.Context, host string) (*transfertypes.AuthRes
 	if err := c.end.Send(ctx, msg); err != nil {
 		return nil, err
 	}
-	msg, err = c.end.Recv(ctx)
-	if errors.Is(err, io.EOF) {
-		return nil, fmt.Errorf("it has closed its auth stream: %w", errdefs.ErrUnauthenticated)
-	}
-	if err != nil {
-		return nil, err
+	for c.owed++; c.owed > 0; c.owed-- { // the last answer is this one's
+		msg, err = c.end.Recv(ctx)
+		if errors.Is(err, io.EOF) {
+			return nil, fmt.Errorf("it has closed its auth stream: %w", errdefs.ErrUnauthenticated)
+		}
+		if err != nil {
+			return nil, err
+		}
 	}
 	var resp transfertypes.AuthResponse
 	if typeName(msg.TypeURL) != string(resp.ProtoReflect().Descriptor().FullName()) {

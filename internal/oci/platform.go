@@ -15,14 +15,15 @@ type Matcher = platforms.MatchComparer
 // Host matches what this machine runs best.
 func Host() Matcher { return platforms.Default() }
 
-// ParsePlatform reads `linux/arm64/v8` and the like; "" is the host.
+// ParsePlatform reads `linux/arm64/v8` and the like; "" is the host. Errors
+// are errdefs.ErrInvalidArgument.
 func ParsePlatform(s string) (Matcher, error) {
 	if s == "" {
 		return Host(), nil
 	}
 	p, err := platforms.Parse(s)
 	if err != nil {
-		return nil, fmt.Errorf("platform %q: %w", s, err)
+		return nil, fmt.Errorf("platform %q: %w: %w", s, err, errdefs.ErrInvalidArgument)
 	}
 	return platforms.Only(p), nil
 }
