@@ -129,7 +129,7 @@ func abandon(claims []*claim, err error) {
 }
 
 // missing splits the jobs of this pull into those with work to do and those
-// whose snapshot is there already.
+// whose snapshot, or blob if it stays packed, is there already.
 func (r *run) missing(ctx context.Context, claims []*claim) (todo, present []*job, err error) {
 	for _, c := range claims {
 		j := c.job
@@ -137,7 +137,14 @@ func (r *run) missing(ctx context.Context, claims []*claim) (todo, present []*jo
 			continue
 		}
 		if j.key.packed {
-			todo = append(todo, j)
+			switch _, err := r.sp.Blob(ctx, j.key.id); {
+			case err == nil:
+				present = append(present, j)
+			case errdefs.IsNotFound(err):
+				todo = append(todo, j)
+			default:
+				return nil, nil, err
+			}
 			continue
 		}
 		info, err := r.snaps.Stat(ctx, j.layer.ChainID.String())
@@ -190,7 +197,7 @@ func (r *run) recordClaim(ctx context.Context, led, present []*job, made []meta.
 			}
 		}
 		for _, j := range present {
-			err := tx.LeaseSnapshot(r.snaps.Driver(), j.layer.ChainID.String())
+			err := j.holdPresent(tx)
 			if errdefs.IsNotFound(err) {
 				return fmt.Errorf("layer %s: %w", j.layer.Desc.Digest, errCollected)
 			}
@@ -210,6 +217,17 @@ func (r *run) recordClaim(ctx context.Context, led, present []*job, made []meta.
 		}
 		return nil
 	})
+}
+
+// holdPresent leases what the job finds done.
+func (j *job) holdPresent(tx *meta.Tx) error {
+	if !j.key.packed {
+		return tx.LeaseSnapshot(j.by.snaps.Driver(), j.layer.ChainID.String())
+	}
+	if err := tx.LeaseBlob(j.key.id); err != nil {
+		return err
+	}
+	return tx.SetBlobLabels(j.key.id, j.by.sourceLabel(tx, j.layer.Desc))
 }
 
 // newKey names an active snapshot as containerd's unpacker does, so that what

@@ -26,6 +26,7 @@ type documents struct {
 	repo   *registry.Repository
 	docs   map[string][]byte // by digest
 	report func(Event)
+	alone  bool // what is read now is read for itself: the layers that it names don't come
 
 	read    []oci.Descriptor // in order
 	missing []oci.Descriptor // those of them that the namespace hasn't, as T2 saw it
@@ -59,6 +60,9 @@ func (d *documents) ReadDocument(ctx context.Context, desc oci.Descriptor) ([]by
 	d.docs[desc.Digest.String()] = doc
 	d.read = append(d.read, desc)
 	children, _ := image.Children(desc.MediaType, doc) // whoever wants them says what is wrong with them
+	if d.alone {
+		children = slices.DeleteFunc(children, func(ch oci.Descriptor) bool { return !isDocument(ch.MediaType) })
+	}
 	d.report(Event{Stage: stage, Desc: desc, Offset: desc.Size, Children: children})
 	return doc, nil
 }

@@ -84,6 +84,7 @@ func (r *run) plan(ctx context.Context, target oci.Descriptor) (pl plan, err err
 		pl.first.Path = []oci.Descriptor{target}
 	}
 	if r.req.All || r.req.Metadata {
+		r.docs.alone = !r.req.All
 		err = packed.walk(ctx, target, 0)
 	}
 	pl.packed = packed.without(pl.images)
@@ -143,6 +144,8 @@ func (t *rest) without(images []image.Image) []oci.Descriptor {
 	return slices.DeleteFunc(t.blobs, func(d oci.Descriptor) bool { return unpacked[d.Digest] })
 }
 
+func isDocument(mt string) bool { return oci.IsIndex(mt) || oci.IsManifest(mt) || oci.IsConfig(mt) }
+
 // walk reads the documents from desc down, which the transactions then record
 // like those of the images, and with All collects the blobs below them.
 func (t *rest) walk(ctx context.Context, desc oci.Descriptor, depth int) error {
@@ -169,7 +172,7 @@ func (t *rest) walk(ctx context.Context, desc oci.Descriptor, depth int) error {
 	}
 	for _, ch := range children {
 		switch {
-		case oci.IsIndex(ch.MediaType), oci.IsManifest(ch.MediaType), oci.IsConfig(ch.MediaType):
+		case isDocument(ch.MediaType):
 			err = t.walk(ctx, ch, depth+1)
 		case t.req.All:
 			err = t.blob(ch)
