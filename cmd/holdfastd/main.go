@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/signal"
 	"runtime"
+	"runtime/pprof"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -75,6 +76,11 @@ func serve(ctx context.Context, o options) error {
 	defer stop()
 	context.AfterFunc(ctx, stop)
 	defer dumpStacksOn(syscall.SIGUSR1, log)()
+	stopProfile, err := startProfile(os.Getenv(profileEnv))
+	if err != nil {
+		return err
+	}
+	defer stopProfile()
 
 	d, err := daemon.New(ctx, cfg, daemon.Build{Version: version, Revision: revision}, log)
 	if err != nil {
@@ -107,6 +113,29 @@ func setTemp(dir string) error {
 		return fmt.Errorf("make directory for temporary files: %w", err)
 	}
 	return os.Setenv("TMPDIR", dir)
+}
+
+// profileEnv names the file that a CPU profile of the daemon's whole life goes
+// to; `make bench BENCH=-profile` sets it.
+const profileEnv = "HOLDFAST_CPUPROFILE"
+
+// startProfile profiles the process until the returned func is called; with no file it does nothing.
+func startProfile(file string) (stop func(), err error) {
+	if file == "" {
+		return func() {}, nil
+	}
+	out, err := os.Create(file)
+	if err != nil {
+		return nil, fmt.Errorf("create the file of %s: %w", profileEnv, err)
+	}
+	if err := pprof.StartCPUProfile(out); err != nil {
+		out.Close()
+		return nil, fmt.Errorf("start a CPU profile: %w", err)
+	}
+	return func() {
+		pprof.StopCPUProfile()
+		out.Close()
+	}, nil
 }
 
 // maxStacks bounds one dump of goroutines, in bytes.

@@ -36,7 +36,7 @@ func TestConfigCommands(t *testing.T) {
 		{[]string{"config", "dump", "-c", path, "--state", "/s"}, []string{"root = '/data' # " + path + ":2\n", "state = '/s' # --state\n", "pth = 'y' # " + path + ":7\n"}, ""},
 		{[]string{"config", "check", "--config", path, "-a", "/x.sock"}, []string{
 			"SET BY", "'/data'", path + ":2", "'/x.sock'", "--address",
-			"Keys without effect: 3", path + ":5 as plugins.'io.containerd.grpc.v1.cri'.sandbox_image", "unknown",
+			"plugins.'io.containerd.cri.v1.images'.pinned_images.sandbox", path + ":5", "Keys without effect: 2", "unknown",
 		}, "the daemon would refuse to start"},
 		{[]string{"config", "check", "-c", path + ".absent"}, nil, "no such file"},
 		{[]string{"-c", path}, nil, "required_plugins has 'io.containerd.grpc.v1.cri'"},

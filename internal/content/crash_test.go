@@ -111,15 +111,12 @@ func TestOpenEmptiesTheTrash(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(s.trash, "sha256-0"), []byte("x"), 0o444); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(filepath.Join(s.trash, "a driver's"), 0o700); err != nil {
+	if err := os.MkdirAll(filepath.Join(s.trash, "old", "sub"), 0o700); err != nil {
 		t.Fatal(err)
 	}
 	open(t, dir)
-	if got := tree(t, s.trash); len(got) != 1 || got[0] != "a driver's" {
+	if got := tree(t, s.trash); len(got) != 0 {
 		t.Errorf("left in the trash: %q", got)
-	}
-	if err := os.Remove(filepath.Join(s.trash, "a driver's")); err != nil {
-		t.Fatal(err)
 	}
 }
 

@@ -92,8 +92,9 @@ func TestPullIndex(t *testing.T) {
 		t.Errorf("the id is %s, want %s", id, img.Config.Digest)
 	}
 	same(t, "digests", h.status(id).RepoDigests, h.ref("app@"+idx.Digest.String()))
-	if got := h.status(id); got.Username != "daemon" || got.Uid != nil {
-		t.Errorf("user %q, uid %v", got.Username, got.Uid)
+	size := idx.Size + img.Descriptor.Size + img.Config.Size + img.Layers[0].Size
+	if got := h.status(id); got.Username != "daemon" || got.Uid != nil || got.Size != uint64(size) {
+		t.Errorf("user %q, uid %v, %d bytes of %d", got.Username, got.Uid, got.Size, size)
 	}
 	// The same image by its own manifest is the same image with one more name.
 	if again := h.mustPull(h.ref("app@" + img.Descriptor.Digest.String())); again != id {

@@ -71,145 +71,167 @@ func (d *decoder) symbols(out *[bufferSize]byte, op, low int) (int, status) {
 // of two, rather than checked: where this code is right the mask changes
 // nothing, and where it were wrong nothing outside the array is touched.
 //
-// It is long, since a call in the loop would cost the registers.
+// A turn takes up to three literals of codes that need no subtable, 33 bits,
+// and after a refill a length and a distance, 48 bits. It is long, since only
+// calls that the compiler inlines leave the registers alone.
 func (d *decoder) fast(out *[bufferSize]byte, at, low int) (int, status) {
-	_ = *out
-	op, lowest, ip := uint(at), uint(low), uint(d.ip)
+	_ = *out // checks for nil here, and nowhere in the loop
+	op, lowest := uint(at), uint(low)
 	last := uint(d.iend - fastInput)
-	bits, nbits := d.bits, d.nbits
-	st := more
-
-	// Refill: load 8 bytes over the nbits that count and move on by those
-	// that fit whole. The bits above are right as well, and loading them
-	// again changes nothing. Now nbits is 56 to 63.
-	bits |= binary.LittleEndian.Uint64(d.in[ip&inputMask:]) << (nbits & 63)
-	ip += ^nbits >> 3 & 7
-	nbits |= 56
+	bits, ip, nbits := refill(&d.in, d.bits, uint(d.ip), d.nbits)
 	entry := d.litLen[bits&litLenMask]
+	st := more
 	for op < roomEnd && ip < last {
 		if entry&entryLiteral != 0 {
 			i := op & outMask
-			bits >>= entry & totalMask
-			nbits -= uint(entry)
 			out[i] = byte(entry >> valueShift)
 			op++
+			bits, nbits = drop(bits, nbits, entry)
 			entry = d.litLen[bits&litLenMask]
 			if entry&entryLiteral != 0 {
-				bits >>= entry & totalMask
-				nbits -= uint(entry)
 				out[i+1] = byte(entry >> valueShift)
 				op++
+				bits, nbits = drop(bits, nbits, entry)
 				entry = d.litLen[bits&litLenMask]
 				if entry&entryLiteral != 0 {
-					bits >>= entry & totalMask
-					nbits -= uint(entry)
 					out[i+2] = byte(entry >> valueShift)
 					op++
+					bits, nbits = drop(bits, nbits, entry)
 					entry = d.litLen[bits&litLenMask]
 				}
 			}
-			bits |= binary.LittleEndian.Uint64(d.in[ip&inputMask:]) << (nbits & 63)
-			ip += ^nbits >> 3 & 7
-			nbits |= 56
+			bits, ip, nbits = refill(&d.in, bits, ip, nbits)
 			if entry&entryLiteral != 0 {
 				continue
 			}
 		}
 		before := bits
-		bits >>= entry & totalMask
-		nbits -= uint(entry)
+		bits, nbits = drop(bits, nbits, entry)
 		if entry&entrySpecial != 0 {
 			if entry&entrySubtable != 0 {
-				entry = d.litLen[(uint64(entry>>valueShift)+bits&(1<<(entry>>codeShift&codeMask)-1))&(litLenSize-1)]
+				entry = d.litLen[subIndex(entry, bits)&(litLenSize-1)]
 				before = bits
-				bits >>= entry & totalMask
-				nbits -= uint(entry)
+				bits, nbits = drop(bits, nbits, entry)
 				if entry&entryLiteral != 0 {
 					out[op&outMask] = byte(entry >> valueShift)
 					op++
-					bits |= binary.LittleEndian.Uint64(d.in[ip&inputMask:]) << (nbits & 63)
-					ip += ^nbits >> 3 & 7
-					nbits |= 56
+					bits, ip, nbits = refill(&d.in, bits, ip, nbits)
 					entry = d.litLen[bits&litLenMask]
 					continue
 				}
 			}
+			if entry&entryEnd != 0 {
+				st = blockEnd
+				break
+			}
 			if entry&entrySpecial != 0 {
 				st = corrupt
-				if entry&entryEnd != 0 {
-					st = blockEnd
-				}
 				break
 			}
 		}
-		length := uint(entry>>valueShift) + uint(before&(1<<(entry&totalMask)-1)>>(entry>>codeShift&codeMask))
+		length := value(entry, before)
 
 		entry = d.distance[bits&distanceMask]
 		before = bits
-		bits >>= entry & totalMask
-		nbits -= uint(entry)
+		bits, nbits = drop(bits, nbits, entry)
 		if entry&entrySpecial != 0 {
-			if entry&entrySubtable == 0 {
-				st = corrupt
-				break
+			if entry&entrySubtable != 0 {
+				entry = d.distance[subIndex(entry, bits)&(distanceSize-1)]
+				before = bits
+				bits, nbits = drop(bits, nbits, entry)
 			}
-			entry = d.distance[(uint64(entry>>valueShift)+bits&(1<<(entry>>codeShift&codeMask)-1))&(distanceSize-1)]
-			before = bits
-			bits >>= entry & totalMask
-			nbits -= uint(entry)
 			if entry&entrySpecial != 0 {
 				st = corrupt
 				break
 			}
 		}
-		dist := uint(entry>>valueShift) + uint(before&(1<<(entry&totalMask)-1)>>(entry>>codeShift&codeMask))
-		if dist > op-lowest {
+		distance := value(entry, before)
+		if distance > op-lowest {
 			st = corrupt
 			break
 		}
 		// The next entry is on its way from the table while the match is copied.
-		bits |= binary.LittleEndian.Uint64(d.in[ip&inputMask:]) << (nbits & 63)
-		ip += ^nbits >> 3 & 7
-		nbits |= 56
+		bits, ip, nbits = refill(&d.in, bits, ip, nbits)
 		entry = d.litLen[bits&litLenMask]
 
-		src, end := op-dist, op+length
+		end := op + length
 		switch {
-		case dist >= 16:
-			for {
-				*(*[16]byte)(out[op&outMask:]) = *(*[16]byte)(out[src&outMask:])
-				op += 16
-				src += 16
-				if op >= end {
-					break
-				}
-			}
-		case dist == 1:
-			v := uint64(out[src&outMask]) * 0x0101010101010101
-			for {
-				binary.LittleEndian.PutUint64(out[op&outMask:], v)
-				op += 8
-				if op >= end {
-					break
-				}
-			}
+		case distance >= 16:
+			copyFar(out, op, op-distance, end)
+		case distance == 1:
+			repeat(out, op, end)
 		default:
-			// Of each word at least the first step bytes are right, and the
-			// next word begins behind those.
-			step := min(dist, 8)
-			for {
-				binary.LittleEndian.PutUint64(out[op&outMask:], binary.LittleEndian.Uint64(out[src&outMask:]))
-				op += step
-				src += step
-				if op >= end {
-					break
-				}
-			}
+			copyNear(out, op, distance, end)
 		}
 		op = end
 	}
 	d.giveBack(int(ip), bits, nbits&63)
 	return int(op), st
+}
+
+// refill loads 8 bytes behind the nbits that count and moves on by those that
+// fit whole. The bits above are right as well, and loading them again changes
+// nothing. Afterwards nbits is 56 to 63.
+func refill(in *[inputSize + 8]byte, bits uint64, ip, nbits uint) (uint64, uint, uint) {
+	bits |= binary.LittleEndian.Uint64(in[ip&inputMask:]) << (nbits & 63)
+	return bits, ip + ^nbits>>3&7, nbits | 56
+}
+
+// drop consumes the bits of an entry. Only the low byte of nbits means
+// anything: the rest of the entry is subtracted from what is above.
+func drop(bits uint64, nbits uint, entry uint32) (uint64, uint) {
+	return bits >> (entry & totalMask), nbits - uint(entry)
+}
+
+// subIndex is where the subtable that entry points to continues with bits.
+func subIndex(entry uint32, bits uint64) uint64 {
+	return uint64(entry>>valueShift) + bits&(1<<(entry>>codeShift&codeMask)-1)
+}
+
+// value returns the length or distance of entry, with its extra bits, which
+// follow the code that bits begin with.
+func value(entry uint32, bits uint64) uint {
+	extra := bits & (1<<(entry&totalMask) - 1) >> (entry >> codeShift & codeMask)
+	return uint(entry>>valueShift) + uint(extra)
+}
+
+// copyFar copies a match from at least 16 bytes before. Like the other two it
+// may write beyond end, as roomEnd allows for.
+func copyFar(out *[bufferSize]byte, to, from, end uint) {
+	for {
+		*(*[16]byte)(out[to&outMask:]) = *(*[16]byte)(out[from&outMask:])
+		to += 16
+		from += 16
+		if to >= end {
+			return
+		}
+	}
+}
+
+// copyNear copies a match from fewer than 16 bytes before. Of each word at
+// least the first step bytes are right, and the next word begins behind those.
+func copyNear(out *[bufferSize]byte, to, distance, end uint) {
+	step := min(distance, 8)
+	for {
+		word := binary.LittleEndian.Uint64(out[(to-distance)&outMask:])
+		binary.LittleEndian.PutUint64(out[to&outMask:], word)
+		to += step
+		if to >= end {
+			return
+		}
+	}
+}
+
+// repeat copies a match of the last byte.
+func repeat(out *[bufferSize]byte, to, end uint) {
+	word := uint64(out[(to-1)&outMask]) * 0x0101010101010101
+	for {
+		binary.LittleEndian.PutUint64(out[to&outMask:], word)
+		to += 8
+		if to >= end {
+			return
+		}
+	}
 }
 
 // careful decodes like fast, but takes no bit that isn't there, and stops when
@@ -246,7 +268,7 @@ func (d *decoder) careful(out *[bufferSize]byte, op, low int) (int, status) {
 			}
 			break
 		}
-		length := value(entry, rest)
+		length := int(value(entry, rest))
 		rest, left = rest>>(entry&totalMask), left-uint(entry&totalMask)
 		entry = lookup(d.distance[:], distanceBits, rest)
 		if uint(entry&totalMask) > left {
@@ -257,7 +279,7 @@ func (d *decoder) careful(out *[bufferSize]byte, op, low int) (int, status) {
 			st = corrupt
 			break
 		}
-		dist := value(entry, rest)
+		dist := int(value(entry, rest))
 		if dist > op-low {
 			st = corrupt
 			break
@@ -278,15 +300,7 @@ func lookup(table []uint32, width uint, bits uint64) uint32 {
 	if entry&entrySubtable == 0 {
 		return entry
 	}
-	more := bits >> width & (1<<(entry>>codeShift&codeMask) - 1)
-	return table[uint64(entry>>valueShift)+more] + uint32(width)*perBit
-}
-
-// value returns the length or distance of entry, with its extra bits, which
-// follow the code that bits begin with.
-func value(entry uint32, bits uint64) int {
-	extra := bits & (1<<(entry&totalMask) - 1) >> (entry >> codeShift & codeMask)
-	return int(entry>>valueShift) + int(extra)
+	return table[subIndex(entry, bits>>width)] + uint32(width)*perBit
 }
 
 // giveBack ends a step that has moved bytes before ip into the n bits.

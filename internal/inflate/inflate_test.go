@@ -396,6 +396,22 @@ func TestFlippedAnywhere(t *testing.T) {
 	}
 }
 
+// Streams damaged in a few places are refused where the standard library
+// refuses them.
+func TestDamagedLikeTheStandardLibrary(t *testing.T) {
+	for seed := range uint64(300) {
+		rnd := rand.New(rand.NewPCG(seed, 3))
+		packed := gzipMember(randomDeflate(rnd), nil)
+		for range 1 + rnd.IntN(3) {
+			packed[10+rnd.IntN(len(packed)-10)] ^= 1 << rnd.IntN(8)
+		}
+		if rnd.IntN(4) == 0 {
+			packed = packed[:rnd.IntN(len(packed))]
+		}
+		compareWithStandard(t, packed)
+	}
+}
+
 func TestErrorsOfTheReader(t *testing.T) {
 	packed := pack(t, long()[:1<<20], 6)
 	broken := errors.New("broken")

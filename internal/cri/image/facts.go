@@ -94,6 +94,9 @@ func load(ctx context.Context, docs image.Documents, target oci.Descriptor) (fac
 		return facts{}, err
 	}
 	f := facts{id: img.Config.Digest, size: img.Size(), chain: img.TopChain()}
+	for _, idx := range img.Path[:len(img.Path)-1] {
+		f.size += idx.Size // containerd counts these, too
+	}
 	f.uid, f.username = user(img.Spec.Config.User)
 	for _, l := range img.Layers {
 		f.needs = append(f.needs, l.Desc.Digest)

@@ -98,7 +98,7 @@ func New(db *meta.DB, puller Puller, opts Options) *View {
 type Image struct {
 	ID      digest.Digest // of its config; "" if the documents can't be read
 	Names   []string      // of all its records, in their order
-	Size    int64         // bytes of manifest, config and compressed layers
+	Size    int64         // bytes of indexes, manifest, config and compressed layers
 	ChainID digest.Digest // the name of its top snapshot; "" for an image without layers
 	Pinned  bool          // the kubelet's own clean-up must leave it
 
