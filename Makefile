@@ -3,7 +3,8 @@
 # make test        installs what is missing and runs every test
 # make e2e, make crash, make bench    one suite each
 #
-# Arguments for `go test`, such as V=-v, go in V.
+# Arguments for `go test`, such as V=-v, go in V; those for the benchmark, such as
+# BENCH='-only b -runs 2', in BENCH.
 
 export PATH := $(CURDIR)/.tools/go/bin:$(PATH)
 export GOTOOLCHAIN := local
@@ -13,11 +14,12 @@ export GOFLAGS := -buildvcs=false
 export HOLDFAST_PEER_DIR ?= $(CURDIR)/.tools/bin
 
 V ?=
+BENCH ?=
 VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 REVISION := $(shell git rev-parse HEAD 2>/dev/null)
-UNIT := ./cmd/... ./internal/... ./proto/...
+UNIT := ./cmd/... ./internal/... ./proto/... ./test/bench
 
-.PHONY: all build vet lint unit e2e compat crash crash-first bench setup proto quickstart test arm64 clean
+.PHONY: all build vet lint unit e2e compat crash crash-first bench microbench setup proto quickstart test arm64 clean
 
 all: build vet lint unit
 
@@ -49,6 +51,11 @@ crash-first:
 	go test $(V) -count=1 -timeout 15m -tags fault ./test/crash/...
 
 bench:
+	scripts/setup bench
+	go build -o bin/bench ./test/bench
+	bin/bench $(BENCH)
+
+microbench:
 	go test -run '^$$' -bench . -benchmem $(UNIT)
 
 setup:
