@@ -9,9 +9,11 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -21,16 +23,25 @@ import (
 
 const layerSize = 32 << 20
 
+// goroot is where the Go that runs the benchmark lies.
+func goroot() string {
+	out, err := exec.Command("go", "env", "GOROOT").Output()
+	if err != nil {
+		return "/usr/local/go"
+	}
+	return strings.TrimSpace(string(out))
+}
+
 // layers are archives of what this machine has, packed as image builders do,
 // made once when first asked for.
 var layers = []struct {
 	name string
 	get  func() []byte
 }{
-	{"programs", sync.OnceValue(func() []byte { return tarOf("/usr/bin", filepath.Join(runtime.GOROOT(), "bin")) })},
+	{"programs", sync.OnceValue(func() []byte { return tarOf("/usr/bin", filepath.Join(goroot(), "bin")) })},
 	{"libraries", sync.OnceValue(func() []byte { return tarOf("/usr/lib") })},
 	{"share", sync.OnceValue(func() []byte { return tarOf("/usr/share") })},
-	{"sources", sync.OnceValue(func() []byte { return tarOf(filepath.Join(runtime.GOROOT(), "src")) })},
+	{"sources", sync.OnceValue(func() []byte { return tarOf(filepath.Join(goroot(), "src")) })},
 	{"noise", sync.OnceValue(func() []byte {
 		noise := make([]byte, layerSize)
 		rand.NewChaCha8([32]byte{}).Read(noise)

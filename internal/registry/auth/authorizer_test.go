@@ -202,6 +202,7 @@ func TestWhatIsAskedOfTheTokenServer(t *testing.T) {
 	if r.URL.String() != "https://auth.example/token?a=b&scope=repository%3Ax%3Apull&scope=repository%3Ay%3Apull&service=svc" {
 		t.Errorf("%s", r.URL)
 	}
+	//lint:ignore SA1008 hosts.toml's keys are sent as they are written
 	if r.Header.Get("User-Agent") != "ua" || len(r.Header["x-own"]) != 0 || r.Header.Get("Authorization") != "" {
 		t.Errorf("%v", r.Header)
 	}
@@ -209,6 +210,7 @@ func TestWhatIsAskedOfTheTokenServer(t *testing.T) {
 	if err := refuse(t, a, s, newRequest(t, "r.example"), false, `Bearer realm="https://r.example/token"`); err != nil {
 		t.Fatal(err)
 	}
+	//lint:ignore SA1008 hosts.toml's keys are sent as they are written
 	if _, err := authorize(t, a); err != nil || len(s.asked[1].Header["x-own"]) != 1 {
 		t.Errorf("%v, %v", err, s.asked[1].Header)
 	}
