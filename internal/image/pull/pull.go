@@ -62,6 +62,7 @@ type Request struct {
 	NoUnpack    bool // fetch all layers and leave them packed
 	Session     registry.Session
 	Progress    func(Event) // called from several goroutines; must not block
+	ID          string      // names this pull to who watches it, and means nothing here
 	Trace       Hooks
 
 	// Names lists the image records to make, all for the same target and in
