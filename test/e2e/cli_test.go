@@ -65,6 +65,7 @@ func TestPullOnATerminal(t *testing.T) {
 	reg := harness.NewRegistry(t)
 	img := harness.NewImage(t, harness.Random(1, 2)...)
 	ref := reg.Push(img, "app")
+	reg.Limit(2 << 20) // so that the bars are drawn more than once
 	d := harness.Start(t, harness.Options{})
 	out := onTerminal(t, exec.Command(harness.Build(t).CLI, "--address", d.Socket, "pull", "--plain-http", ref))
 	for _, want := range []string{"\x1b[", "complete", img.Layers[0].Digest.String()[:12], img.Layers[1].Digest.String()[:12], "2 new layers, "} {
