@@ -48,7 +48,7 @@ crash:
 	go test $(V) -count=1 -timeout 30m -tags fault ./test/crash -args -thorough
 
 crash-first:
-	go test $(V) -count=1 -timeout 15m -tags fault ./test/crash/...
+	go test $(V) -count=1 -timeout 15m -tags fault ./internal/fault ./test/crash/...
 
 bench:
 	scripts/setup bench
