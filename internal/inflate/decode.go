@@ -84,19 +84,19 @@ func (d *decoder) fast(out *[bufferSize]byte, at, low int) (int, status) {
 	for op < roomEnd && ip < last {
 		if entry&entryLiteral != 0 {
 			i := op & outMask
+			bits, nbits = drop(bits, nbits, entry)
 			out[i] = byte(entry >> valueShift)
 			op++
-			bits, nbits = drop(bits, nbits, entry)
 			entry = d.litLen[bits&litLenMask]
 			if entry&entryLiteral != 0 {
+				bits, nbits = drop(bits, nbits, entry)
 				out[i+1] = byte(entry >> valueShift)
 				op++
-				bits, nbits = drop(bits, nbits, entry)
 				entry = d.litLen[bits&litLenMask]
 				if entry&entryLiteral != 0 {
+					bits, nbits = drop(bits, nbits, entry)
 					out[i+2] = byte(entry >> valueShift)
 					op++
-					bits, nbits = drop(bits, nbits, entry)
 					entry = d.litLen[bits&litLenMask]
 				}
 			}
@@ -191,8 +191,7 @@ func subIndex(entry uint32, bits uint64) uint64 {
 // value returns the length or distance of entry, with its extra bits, which
 // follow the code that bits begin with.
 func value(entry uint32, bits uint64) uint {
-	extra := bits & (1<<(entry&totalMask) - 1) >> (entry >> codeShift & codeMask)
-	return uint(entry>>valueShift) + uint(extra)
+	return uint(entry>>valueShift) + uint(bits&(1<<(entry&totalMask)-1)>>(entry>>codeShift&codeMask))
 }
 
 // copyFar copies a match from at least 16 bytes before. Like the other two it
