@@ -225,7 +225,9 @@ func (g *GC) collect(ctx context.Context, p *pace, collect func(context.Context)
 	p.ended(collected, err, g.opts.PauseThreshold)
 	if err != nil {
 		err = fmt.Errorf("garbage collection: %w", err)
-		g.opts.Log.Error("garbage collection failed; it is tried again", "error", err, "after", p.retry)
+		if ctx.Err() == nil { // one that a shutdown cuts short has not failed
+			g.opts.Log.Error("garbage collection failed; it is tried again", "error", err, "after", p.retry)
+		}
 		g.mu.Lock()
 		g.mutations += mutations
 		g.deletions += deletions
