@@ -72,29 +72,33 @@ func (d *decoder) symbols(out *[bufferSize]byte, op, low int) (int, status) {
 // nothing, and where it were wrong nothing outside the array is touched.
 //
 // A turn takes up to three literals of codes that need no subtable, 33 bits,
-// and after a refill a length and a distance, 48 bits. It is long, since only
-// calls that the compiler inlines leave the registers alone.
+// and after a refill a length and a distance, 48 bits. Of nbits only the low
+// byte means anything until then: subtracting a whole entry subtracts its
+// total there, and anything above. It is long, since a call would cost the
+// registers, and even an inlined one where literals are taken 3 % of speed.
 func (d *decoder) fast(out *[bufferSize]byte, at, low int) (int, status) {
 	_ = *out // checks for nil here, and nowhere in the loop
-	op, lowest := uint(at), uint(low)
-	last := uint(d.iend - fastInput)
+	op, lowest, last := uint(at), uint(low), uint(d.iend-fastInput)
 	bits, ip, nbits := refill(&d.in, d.bits, uint(d.ip), d.nbits)
 	entry := d.litLen[bits&litLenMask]
 	st := more
 	for op < roomEnd && ip < last {
 		if entry&entryLiteral != 0 {
 			i := op & outMask
-			bits, nbits = drop(bits, nbits, entry)
+			bits >>= entry & totalMask
+			nbits -= uint(entry)
 			out[i] = byte(entry >> valueShift)
 			op++
 			entry = d.litLen[bits&litLenMask]
 			if entry&entryLiteral != 0 {
-				bits, nbits = drop(bits, nbits, entry)
+				bits >>= entry & totalMask
+				nbits -= uint(entry)
 				out[i+1] = byte(entry >> valueShift)
 				op++
 				entry = d.litLen[bits&litLenMask]
 				if entry&entryLiteral != 0 {
-					bits, nbits = drop(bits, nbits, entry)
+					bits >>= entry & totalMask
+					nbits -= uint(entry)
 					out[i+2] = byte(entry >> valueShift)
 					op++
 					entry = d.litLen[bits&litLenMask]
@@ -106,12 +110,14 @@ func (d *decoder) fast(out *[bufferSize]byte, at, low int) (int, status) {
 			}
 		}
 		before := bits
-		bits, nbits = drop(bits, nbits, entry)
+		bits >>= entry & totalMask
+		nbits -= uint(entry)
 		if entry&entrySpecial != 0 {
 			if entry&entrySubtable != 0 {
 				entry = d.litLen[subIndex(entry, bits)&(litLenSize-1)]
 				before = bits
-				bits, nbits = drop(bits, nbits, entry)
+				bits >>= entry & totalMask
+				nbits -= uint(entry)
 				if entry&entryLiteral != 0 {
 					out[op&outMask] = byte(entry >> valueShift)
 					op++
@@ -130,15 +136,16 @@ func (d *decoder) fast(out *[bufferSize]byte, at, low int) (int, status) {
 			}
 		}
 		length := value(entry, before)
-
 		entry = d.distance[bits&distanceMask]
 		before = bits
-		bits, nbits = drop(bits, nbits, entry)
+		bits >>= entry & totalMask
+		nbits -= uint(entry)
 		if entry&entrySpecial != 0 {
 			if entry&entrySubtable != 0 {
 				entry = d.distance[subIndex(entry, bits)&(distanceSize-1)]
 				before = bits
-				bits, nbits = drop(bits, nbits, entry)
+				bits >>= entry & totalMask
+				nbits -= uint(entry)
 			}
 			if entry&entrySpecial != 0 {
 				st = corrupt
@@ -175,12 +182,6 @@ func (d *decoder) fast(out *[bufferSize]byte, at, low int) (int, status) {
 func refill(in *[inputSize + 8]byte, bits uint64, ip, nbits uint) (uint64, uint, uint) {
 	bits |= binary.LittleEndian.Uint64(in[ip&inputMask:]) << (nbits & 63)
 	return bits, ip + ^nbits>>3&7, nbits | 56
-}
-
-// drop consumes the bits of an entry. Only the low byte of nbits means
-// anything: the rest of the entry is subtracted from what is above.
-func drop(bits uint64, nbits uint, entry uint32) (uint64, uint) {
-	return bits >> (entry & totalMask), nbits - uint(entry)
 }
 
 // subIndex is where the subtable that entry points to continues with bits.
