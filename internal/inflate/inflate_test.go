@@ -111,6 +111,7 @@ func TestReadsWhatEveryToolPacks(t *testing.T) {
 		"byte by byte":  iotest.OneByteReader,
 		"halves":        iotest.HalfReader,
 		"data with EOF": iotest.DataErrReader,
+		"pieces":        func(r io.Reader) io.Reader { return &pieces{r, rand.New(rand.NewPCG(8, 9))} },
 	}
 	for _, file := range files {
 		packed, err := os.ReadFile(file)
@@ -126,6 +127,22 @@ func TestReadsWhatEveryToolPacks(t *testing.T) {
 			}
 		}
 	}
+}
+
+// pieces reads a few bytes at a time, and writes noise behind them, as a reader
+// may.
+type pieces struct {
+	r   io.Reader
+	rnd *rand.Rand
+}
+
+func (s *pieces) Read(p []byte) (int, error) {
+	p = p[:min(len(p), 1+s.rnd.IntN(200))]
+	n, err := s.r.Read(p[:(len(p)+1)/2])
+	for i := range p[n:] {
+		p[n+i] = byte(s.rnd.Uint32())
+	}
+	return n, err
 }
 
 // long is content longer than any buffer, with matches of all distances.
@@ -202,10 +219,58 @@ func TestReadsWhatNoToolPacks(t *testing.T) {
 				t.Fatalf("seed %d, %s: %d bytes, %v; want %d", seed, way, len(got), err, len(want))
 			}
 		}
-		got, err := ways["Read"](iotest.OneByteReader(bytes.NewReader(packed)))
-		if err != nil || !bytes.Equal(got, want) {
-			t.Fatalf("seed %d byte by byte: %d bytes, %v; want %d", seed, len(got), err, len(want))
+		for source, r := range map[string]io.Reader{
+			"byte by byte": iotest.OneByteReader(bytes.NewReader(packed)),
+			"in pieces":    &pieces{bytes.NewReader(packed), rand.New(rand.NewPCG(seed, 2))},
+		} {
+			got, err := ways["Read"](r)
+			if err != nil || !bytes.Equal(got, want) {
+				t.Fatalf("seed %d %s: %d bytes, %v; want %d", seed, source, len(got), err, len(want))
+			}
 		}
+	}
+}
+
+// Turns of the fast loop that take as many bits as a turn can, 81, near the end
+// of what has arrived, with noise behind.
+func TestWidestTurns(t *testing.T) {
+	chain := func(n int, symbols ...int) []uint8 {
+		lengths := make([]uint8, n)
+		for i, s := range symbols {
+			lengths[s] = uint8(min(i+1, maxCode))
+		}
+		return lengths
+	}
+	litLen := chain(286, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 'a', 11, 12, 13, 256, 284) // 'a' has 11 bits, 284 has 15
+	distance := chain(30, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 29)   // 29 has 15 bits
+	lits, dists := codes(litLen), codes(distance)
+	rnd := rand.New(rand.NewPCG(3, 4))
+	var w bitWriter
+	w.put(0, 8)
+	w.put(Window, 16)
+	w.put(Window^0xffff, 16)
+	for range Window {
+		w.put(uint64(rnd.IntN(256)), 8)
+	}
+	w.dynamicHeader(true, litLen, distance)
+	for range 3000 {
+		for range 3 {
+			w.put(lits['a'], 11)
+		}
+		w.put(lits[284], 15)
+		w.put(uint64(rnd.IntN(31)), 5)
+		w.put(dists[29], 15)
+		w.put(uint64(rnd.IntN(1<<13)), 13)
+	}
+	w.put(lits[256], 15)
+	w.align()
+	want, err := io.ReadAll(flate.NewReader(bytes.NewReader(w.Bytes())))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := ways["Read"](&pieces{bytes.NewReader(gzipMember(w.Bytes(), want)), rnd})
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("%d bytes, %v; want %d", len(got), err, len(want))
 	}
 }
 
@@ -278,6 +343,26 @@ func TestRefusesWhatIsNoDeflate(t *testing.T) {
 			if wrong.Offset < 10 || wrong.Offset > int64(len(packed)) {
 				t.Errorf("%s: offset %d of %d", name, wrong.Offset, len(packed))
 			}
+		}
+	}
+}
+
+// A match may not reach into the member before, wherever that one's content is.
+func TestMembersShareNoHistory(t *testing.T) {
+	first := pack(t, []byte("the first member"), 6)
+	litLens, distances := fixedLengths()
+	var w bitWriter
+	w.put(1|blockFixed<<1, 3)
+	w.put(codes(litLens)[257], 7)
+	w.put(codes(distances)[0], 5)
+	w.put(codes(litLens)[256], 7)
+	w.align()
+	for _, tail := range []int{0, 100} {
+		second := gzipMember(append(w.Bytes(), make([]byte, tail)...), []byte("rrr"))
+		got, err := ways["Read"](bytes.NewReader(append(first[:len(first):len(first)], second...)))
+		var wrong *CorruptError
+		if string(got) != "the first member" || !errors.As(err, &wrong) {
+			t.Errorf("%q, %v", got, err)
 		}
 	}
 }
