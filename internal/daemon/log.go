@@ -8,14 +8,13 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
-	"github.com/holdfast-dev/holdfast/internal/api"
 	"github.com/holdfast-dev/holdfast/internal/image/pull"
 	"github.com/holdfast-dev/holdfast/internal/meta"
 )
 
 // loggedPuller says what was pulled. Of a pull that fails its caller hears.
 type loggedPuller struct {
-	puller api.Puller
+	puller *pull.Puller
 	log    *slog.Logger
 }
 
