@@ -543,12 +543,13 @@ func TestCallbackPatience(t *testing.T) {
 		c := newCallback(end, "ref")
 		answers := make(chan error)
 		ask := func(ctx context.Context) { _, err := c.Credential(ctx, "host"); answers <- err }
-		for range 2 { // the first waits for the answer, the second for its turn
+		// The first waits for the answer, the second for its turn; the second gives up first, and so never asks.
+		for _, patience := range []time.Duration{2 * time.Second, time.Second} {
 			ctx, cancel := context.WithCancel(t.Context())
 			go ask(ctx)
 			synctest.Wait()
 			defer cancel()
-			time.AfterFunc(time.Second, cancel)
+			time.AfterFunc(patience, cancel)
 		}
 		for range 2 {
 			if err := <-answers; !errors.Is(err, context.Canceled) {
