@@ -184,8 +184,8 @@ const shortest = 20 * time.Microsecond
 
 // host finds or makes a host. Beyond the bound all are one.
 func (op *Operation) host(name string) *Host {
-	rec := &op.rec
-	if len(rec.Hosts) == maxHosts-1 && !slices.ContainsFunc(rec.Hosts, func(h Host) bool { return h.Name == name }) {
+	rec, name := &op.rec, clip(name, maxText) // looked for in the form in which it is kept
+	if len(rec.Hosts) >= maxHosts-1 && !slices.ContainsFunc(rec.Hosts, func(h Host) bool { return h.Name == name }) {
 		name = "others"
 	}
 	for i := range rec.Hosts {
@@ -193,7 +193,7 @@ func (op *Operation) host(name string) *Host {
 			return &rec.Hosts[i]
 		}
 	}
-	rec.Hosts = append(rec.Hosts, Host{Name: clip(name, maxText)})
+	rec.Hosts = append(rec.Hosts, Host{Name: name})
 	return &rec.Hosts[len(rec.Hosts)-1]
 }
 

@@ -2,9 +2,11 @@ package trace
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -80,6 +82,19 @@ func TestAnOperationUnderWayIsListed(t *testing.T) {
 	op.End("", errors.New("twice"))
 	if rec, err := r.Get(op.id); err != nil || rec.Running || rec.Error != "" {
 		t.Errorf("%+v, %v", rec, err)
+	}
+}
+
+func TestHostsAreBounded(t *testing.T) {
+	op := open(t, t.TempDir(), Options{}).Begin(NewID(), "pull", "default", "r.example/app:1")
+	long := strings.Repeat("long.", 100)
+	for i := range 10 * maxHosts {
+		op.Retry(long, "x", 0, nil)
+		op.Down(fmt.Sprint(i), errors.New("it is gone"))
+		op.Down(long, errors.New("it is gone"))
+	}
+	if n := len(op.snapshot().Hosts); n > maxHosts {
+		t.Errorf("%d hosts, more than %d", n, maxHosts)
 	}
 }
 
