@@ -27,6 +27,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/meta"
 	"github.com/holdfast-dev/holdfast/internal/stream"
 	"github.com/holdfast-dev/holdfast/internal/survey"
+	"github.com/holdfast-dev/holdfast/internal/trace"
 	holdfastv1 "github.com/holdfast-dev/holdfast/proto/holdfast/v1"
 )
 
@@ -86,6 +87,9 @@ type Options struct {
 	// Check compares records with files, and with deep every digest with its
 	// bytes.
 	Check func(ctx context.Context, deep bool) (fsck.Report, error)
+
+	// Traces keeps the records of pulls, if Pull makes some.
+	Traces *trace.Recorder
 }
 
 // NewServer makes a gRPC server with the limits of this API. It adds opts,
@@ -117,7 +121,7 @@ func Register(srv *grpc.Server, opts Options) {
 	transferapi.RegisterTransferServer(srv, &transferService{door: d, puller: opts.Pull, streams: opts.Streams})
 	versionapi.RegisterVersionServer(srv, &versionService{version: opts.Version, revision: opts.Revision})
 	holdfastv1.RegisterHoldfastServer(srv, &holdfastService{
-		door: d, puller: opts.Pull, tree: opts.Tree, check: opts.Check,
+		door: d, puller: opts.Pull, tree: opts.Tree, check: opts.Check, traces: opts.Traces,
 	})
 }
 

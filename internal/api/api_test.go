@@ -243,11 +243,13 @@ var methods = map[string]string{
 	"holdfast.v1.Holdfast/Check":                                    "TestHoldfastCheck",
 	"holdfast.v1.Holdfast/Collect":                                  "TestHoldfastCollect",
 	"holdfast.v1.Holdfast/Pull":                                     "TestHoldfastPull",
+	"holdfast.v1.Holdfast/Traces":                                   "TestHoldfastTraces",
 	"holdfast.v1.Holdfast/Tree":                                     "TestHoldfastTree",
 }
 
 func TestMethods(t *testing.T) {
 	f := start(t, func(o *Options) {
+		o.Traces = openTraces(t)
 		o.Pull = &pull.Puller{}
 		o.Streams = stream.New(stream.Options{})
 		o.Tree = func(context.Context, string) ([]survey.Node, error) { return nil, nil }
@@ -331,7 +333,9 @@ func callEmpty(t *testing.T, conn *grpc.ClientConn, full string, stream bool) *s
 
 // Every method that works in a namespace says so when there is none.
 func TestNamespaceRequired(t *testing.T) {
-	f := start(t, func(o *Options) { o.Pull, o.Streams = &pull.Puller{}, stream.New(stream.Options{}) })
+	f := start(t, func(o *Options) {
+		o.Pull, o.Streams, o.Traces = &pull.Puller{}, stream.New(stream.Options{}), openTraces(t)
+	})
 	srv := NewServer()
 	Register(srv, Options{DB: f.db})
 	none := []string{"Introspection/", "Namespaces/", "Version/", "Health/", "Holdfast/Check", "Holdfast/Collect", "Holdfast/Tree"}

@@ -9,6 +9,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/fsck"
 	"github.com/holdfast-dev/holdfast/internal/meta"
 	"github.com/holdfast-dev/holdfast/internal/survey"
+	"github.com/holdfast-dev/holdfast/internal/trace"
 	"github.com/holdfast-dev/holdfast/internal/wire"
 	holdfastv1 "github.com/holdfast-dev/holdfast/proto/holdfast/v1"
 )
@@ -20,6 +21,7 @@ type holdfastService struct {
 	puller Puller
 	tree   func(ctx context.Context, ns string) ([]survey.Node, error)
 	check  func(ctx context.Context, deep bool) (fsck.Report, error)
+	traces *trace.Recorder
 }
 
 func (s *holdfastService) Tree(req *holdfastv1.TreeRequest, stream holdfastv1.Holdfast_TreeServer) error {

@@ -31,7 +31,7 @@ import (
 )
 
 // pulling serves stores with a puller on them.
-func pulling(t *testing.T, w ...*watched) *fixture {
+func pulling(t *testing.T, edit ...func(*Options)) *fixture {
 	client := registry.New(registry.Options{})
 	remote := func(reference string, s registry.Session) (*registry.Repository, string, string, error) {
 		r, err := ref.Parse(reference)
@@ -46,9 +46,8 @@ func pulling(t *testing.T, w ...*watched) *fixture {
 		p := pull.New(o.DB, remote, nil, pull.Options{})
 		t.Cleanup(func() { check(t, p.Close()) })
 		o.Pull = p
-		for _, w := range w {
-			w.Puller = p
-			o.Pull = w
+		for _, e := range edit {
+			e(o)
 		}
 	})
 }
@@ -119,6 +118,9 @@ type watched struct {
 	returned chan error
 }
 
+// before puts w before the fixture's puller.
+func (w *watched) before(o *Options) { w.Puller, o.Pull = o.Pull, w }
+
 func (w watched) Pull(ctx context.Context, sp meta.Space, reference string, req pull.Request) (meta.Image, error) {
 	img, err := w.Puller.Pull(ctx, sp, reference, req)
 	w.returned <- err
@@ -132,7 +134,7 @@ func TestHoldfastPullCancelled(t *testing.T) {
 	reg.Push("demo", "1", registrytest.Layer{Data: layer, DiffID: digest.FromBytes(layer), MediaType: ocispec.MediaTypeImageLayer})
 	reg.Fault("blobs/"+digest.FromBytes(layer).String(), registrytest.Fault{At: 100, Stall: true})
 	w := watched{returned: make(chan error, 2)}
-	f := pulling(t, &w)
+	f := pulling(t, w.before)
 	req := &holdfastv1.PullRequest{Reference: reg.Host() + "/demo:1", PlainHttp: true, Platform: "linux/amd64"}
 	ctx, cancel := context.WithCancel(in(t, "default"))
 	s, err := f.holdfast.Pull(ctx, req)

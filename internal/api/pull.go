@@ -13,6 +13,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/ref"
 	"github.com/holdfast-dev/holdfast/internal/registry"
 	"github.com/holdfast-dev/holdfast/internal/registry/auth"
+	"github.com/holdfast-dev/holdfast/internal/trace"
 	"github.com/holdfast-dev/holdfast/internal/wire"
 	holdfastv1 "github.com/holdfast-dev/holdfast/proto/holdfast/v1"
 )
@@ -34,6 +35,13 @@ func (s *holdfastService) Pull(req *holdfastv1.PullRequest, stream holdfastv1.Ho
 	if err != nil {
 		return wire.Error(err)
 	}
+	id := ""
+	if s.traces != nil {
+		id = trace.NewID()
+		if err := stream.Send(&holdfastv1.PullEvent{Trace: id}); err != nil {
+			return err
+		}
+	}
 	ctx, cancel := context.WithCancelCause(stream.Context())
 	defer cancel(nil)
 	events := newRelay[pull.Event]()
@@ -45,6 +53,7 @@ func (s *holdfastService) Pull(req *holdfastv1.PullRequest, stream holdfastv1.Ho
 		}
 	})
 	img, err := s.puller.Pull(ctx, sp, r.String(), pull.Request{
+		ID:          id,
 		Snapshotter: req.GetSnapshotter(),
 		Platform:    req.GetPlatform(),
 		Labels:      req.GetLabels(),
@@ -65,7 +74,7 @@ func (s *holdfastService) Pull(req *holdfastv1.PullRequest, stream holdfastv1.Ho
 	if err != nil {
 		return wire.Error(err)
 	}
-	return stream.Send(&holdfastv1.PullEvent{Event: &holdfastv1.PullEvent_Done{Done: pulledImage(img)}})
+	return stream.Send(&holdfastv1.PullEvent{Event: &holdfastv1.PullEvent_Done{Done: pulledImage(img)}, Trace: id})
 }
 
 // credentials are for the registry that the reference names, and no other: a

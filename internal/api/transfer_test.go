@@ -684,7 +684,7 @@ func TestTransferCancelled(t *testing.T) {
 	shop := newShop(t)
 	shop.Fault("blobs/"+shop.amd64.Layers[0].Digest.String(), registrytest.Fault{At: 100, Stall: true})
 	w := watched{returned: make(chan error, 2)}
-	f := pulling(t, &w)
+	f := pulling(t, w.before)
 	s := f.mustOpenStream(t, "default", "p")
 	ctx, cancel := context.WithCancel(in(t, "default"))
 	to := &transfertypes.ImageStore{Name: "x", Platforms: []*types.Platform{amd64}, Unpacks: unpack("", amd64)}

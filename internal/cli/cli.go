@@ -96,7 +96,7 @@ func (a *app) root(version string) *cobra.Command {
 	root.PersistentFlags().StringVarP(&a.namespace, "namespace", "n", env("CONTAINERD_NAMESPACE", defaultNamespace), "the `namespace` to work in ($CONTAINERD_NAMESPACE)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.PersistentPreRunE = func(*cobra.Command, []string) error { return a.connect() }
-	root.AddCommand(a.pull(), a.images(), a.rmi(), a.store(), a.version(version))
+	root.AddCommand(a.pull(), a.images(), a.rmi(), a.store(), a.trace(), a.version(version))
 	return root
 }
 

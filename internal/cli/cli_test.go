@@ -335,6 +335,7 @@ func TestUsage(t *testing.T) {
 		{"rmi", "requires at least 1 arg"},
 		{"images x", `unknown command "x" for "holdfast images"`},
 		{"frobnicate", `unknown command "frobnicate" for "holdfast"`},
+		{"trace show a b", "accepts at most 1 arg(s), received 2"},
 		{"store frobnicate", `unknown command "frobnicate" for "holdfast store"`},
 		{"images --frobnicate", "unknown flag: --frobnicate"},
 		{"pull --user me alpine", "--user needs NAME:PASSWORD where no terminal can be asked"},

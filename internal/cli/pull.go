@@ -21,6 +21,7 @@ import (
 
 func (a *app) pull() *cobra.Command {
 	var user string
+	var trace bool
 	req := &holdfastv1.PullRequest{}
 	cmd := &cobra.Command{
 		Use:   "pull IMAGE",
@@ -35,7 +36,7 @@ func (a *app) pull() *cobra.Command {
 			if err := credential(cmd.Context(), req, user); err != nil {
 				return err
 			}
-			err := a.runPull(cmd.Context(), req)
+			err := a.runPull(cmd.Context(), req, trace)
 			if status.Code(err) == codes.Canceled && cmd.Context().Err() != nil {
 				return errInterrupted
 			}
@@ -47,6 +48,7 @@ func (a *app) pull() *cobra.Command {
 	f.StringVar(&req.Platform, "platform", "", "the `os/arch[/variant]` to pull (default: this machine's)")
 	f.BoolVar(&req.PlainHttp, "plain-http", false, "speak HTTP without TLS to the registry")
 	f.BoolVar(&req.SkipVerify, "skip-verify", false, "do not verify the registry's certificate")
+	f.BoolVar(&trace, "trace", false, "show where the time went, as 'holdfast trace show' does afterwards")
 	f.BoolVar(&req.NoUnpack, "no-unpack", false, "fetch, and don't unpack")
 	f.StringVarP(&user, "user", "u", "", "`name[:password]` for the registry; the password is asked for when it is left out (default: the daemon's credentials)")
 	return cmd
@@ -106,7 +108,7 @@ type display interface {
 // errInterrupted is what a pull says that its user has ended.
 var errInterrupted = errors.New("interrupted; what was fetched is kept for a day, and the same command goes on from there")
 
-func (a *app) runPull(ctx context.Context, req *holdfastv1.PullRequest) error {
+func (a *app) runPull(ctx context.Context, req *holdfastv1.PullRequest, trace bool) error {
 	begin := time.Now()
 	stream, err := a.holdfast.Pull(a.in(ctx), req)
 	if err != nil {
@@ -120,19 +122,30 @@ func (a *app) runPull(ctx context.Context, req *holdfastv1.PullRequest) error {
 	err = sum.follow(stream, a.out, d)
 	d.close()
 	switch {
+	case err != nil && trace && sum.trace != "" && ctx.Err() == nil:
+		if e := a.showTrace(ctx, &holdfastv1.TracesRequest{Id: sum.trace}, false); e != nil {
+			fmt.Fprintln(a.err, "holdfast:", a.explain(e))
+		}
+		return err
 	case err != nil:
 		return err
 	case sum.done == nil:
 		return errors.New("the daemon ended the pull without a word: look at its log")
 	}
-	_, err = fmt.Fprintln(a.out, sum.sentence(time.Since(begin)))
-	return err
+	if _, err = fmt.Fprintln(a.out, sum.sentence(time.Since(begin))); err != nil || !trace {
+		return err
+	}
+	if sum.trace == "" {
+		return errors.New("the image is pulled, but the daemon keeps no traces: is it an older holdfastd?")
+	}
+	return a.showTrace(ctx, &holdfastv1.TracesRequest{Id: sum.trace}, false)
 }
 
 // summary is what a pull has come to.
 type summary struct {
 	layers map[string]*holdfastv1.PullLayer // the last word on each
 	done   *holdfastv1.Image
+	trace  string // the ID of the record that it leaves
 }
 
 // follow shows the events of a pull until its end.
@@ -144,6 +157,9 @@ func (s *summary) follow(stream grpc.ServerStreamingClient[holdfastv1.PullEvent]
 		}
 		if err != nil {
 			return err
+		}
+		if e.Trace != "" {
+			s.trace = e.Trace
 		}
 		switch {
 		case e.GetResolved() != nil:

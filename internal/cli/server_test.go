@@ -39,6 +39,7 @@ type fake struct {
 	events  []*holdfastv1.PullEvent
 	nodes   []*holdfastv1.TreeNode
 	check   []*holdfastv1.CheckEvent
+	traces  []*holdfastv1.Trace
 	err     error // what every call ends with
 	hang    chan struct{}
 
@@ -46,6 +47,7 @@ type fake struct {
 	namespaces []string // of the calls, in order
 	pulled     *holdfastv1.PullRequest
 	tree       *holdfastv1.TreeRequest
+	traced     *holdfastv1.TracesRequest
 	deep       bool
 	synced     []bool // of each deletion
 }
@@ -115,6 +117,17 @@ func (f *fake) Check(req *holdfastv1.CheckRequest, stream holdfastv1.Holdfast_Ch
 		}
 	}
 	return f.err
+}
+
+func (f *fake) Traces(req *holdfastv1.TracesRequest, stream holdfastv1.Holdfast_TracesServer) error {
+	f.note(stream.Context())
+	f.traced = req
+	for _, t := range f.traces {
+		if err := stream.Send(t); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 type imagesServer struct {

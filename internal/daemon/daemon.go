@@ -30,6 +30,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 	"github.com/holdfast-dev/holdfast/internal/stream"
 	"github.com/holdfast-dev/holdfast/internal/survey"
+	"github.com/holdfast-dev/holdfast/internal/trace"
 )
 
 // shutdownTimeout bounds how long calls under way may go on after the daemon
@@ -52,6 +53,7 @@ type Daemon struct {
 	gc       *gc.GC
 	collect  func(context.Context) (meta.Collected, error)
 	puller   *pull.Puller
+	pulls    loggedPuller // the puller as the doors see it
 	streams  *stream.Manager
 	address  string
 	unlink   func() // takes the socket's name away, once
@@ -95,14 +97,21 @@ func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger)
 		UserAgent:   "holdfast/" + build.own(),
 	})
 	d.onClose(func() error { client.CloseIdle(); return nil })
+	traces, err := trace.Open(filepath.Join(cfg.Root, dirTrace), trace.Options{Log: log})
+	if err != nil {
+		return nil, err
+	}
+	d.onClose(traces.Close)
 	d.puller = pull.New(db, remote(client), disks, pull.Options{Downloads: downloads(cfg), Log: log})
 	d.onClose(d.puller.Close)
+	d.pulls = loggedPuller{trace.NewPuller(d.puller, traces), log}
 	d.streams = stream.New(stream.Options{})
 	d.onClose(d.streams.Close)
 
 	d.server = api.NewServer(serverOptions(cfg.GRPC)...)
 	api.Register(d.server, api.Options{
-		DB: db, Diff: diff.New(diff.Options{Temp: mount.Temp{Dir: filepath.Join(cfg.Root, dirTempMounts)}}), Pull: loggedPuller{d.puller, log},
+		DB: db, Diff: diff.New(diff.Options{Temp: mount.Temp{Dir: filepath.Join(cfg.Root, dirTempMounts)}}), Pull: d.pulls,
+		Traces:      traces,
 		Streams:     d.streams,
 		Collect:     d.gc.ScheduleAndWait,
 		Version:     build.api(),

@@ -214,6 +214,7 @@ func TestDirectories(t *testing.T) {
 		"root/io.containerd.snapshotter.v1.native/snapshots":    fs.ModeDir | 0o700,
 		"root/io.containerd.snapshotter.v1.overlayfs":           fs.ModeDir | 0o700,
 		"root/io.containerd.snapshotter.v1.overlayfs/snapshots": fs.ModeDir | 0o700,
+		"root/io.holdfast.v1.trace":                             fs.ModeDir | 0o700,
 		"root/io.holdfast.v1.trash":                             fs.ModeDir | 0o700,
 		"root/tmpmounts":                                        fs.ModeDir | 0o700,
 		"state/io.containerd.runtime.v2.task":                   fs.ModeDir | 0o711,
@@ -235,7 +236,7 @@ func TestDirectories(t *testing.T) {
 		}
 	}
 	compare()
-	for _, dir := range []string{"root", "state", "root/tmpmounts", "root/io.containerd.metadata.v1.bolt", "root/io.holdfast.v1.trash"} {
+	for _, dir := range []string{"root", "state", "root/tmpmounts", "root/io.containerd.metadata.v1.bolt", "root/io.holdfast.v1.trace", "root/io.holdfast.v1.trash"} {
 		must(t, os.Chmod(p.path(dir), 0o755))
 	}
 	must(t, os.Mkdir(p.path("root/io.containerd.runtime.v1.linux"), 0o755))

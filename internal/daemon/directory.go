@@ -20,6 +20,7 @@ import (
 //	    io.containerd.metadata.v1.bolt/         0711  meta
 //	    io.containerd.runtime.v2.task/          0711  nothing yet
 //	    io.containerd.snapshotter.v1.<driver>/  0700  snapshot drivers
+//	    io.holdfast.v1.trace/                   0700  trace
 //	    io.holdfast.v1.trash/                   0700  blobs on their way out
 //	    tmpmounts/                              0700  emptied at start
 //	<state>/                                    0711  locked, as the root is, while a daemon runs
@@ -31,6 +32,7 @@ const (
 	dirMetadata      = "io.containerd.metadata.v1.bolt"
 	dirTask          = "io.containerd.runtime.v2.task"
 	dirSnapshotter   = "io.containerd.snapshotter.v1."
+	dirTrace         = "io.holdfast.v1.trace"
 	dirTrash         = "io.holdfast.v1.trash"
 	dirTempMounts    = "tmpmounts"
 )

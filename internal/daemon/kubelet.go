@@ -38,7 +38,7 @@ func (d *Daemon) serveKubelet(cfg *config.Config, db *meta.DB, drivers map[strin
 	}
 	cri.Register(d.server, cri.Options{
 		Version: build.api(),
-		Images: image.New(db, loggedPuller{d.puller, d.log}, image.Options{
+		Images: image.New(db, d.pulls, image.Options{
 			Snapshotter:     cfg.CRI.Snapshotter,
 			Handlers:        cfg.CRI.Snapshotters,
 			Pinned:          slices.Collect(maps.Values(cfg.CRI.PinnedImages)),

@@ -8,13 +8,14 @@ import (
 
 	"github.com/opencontainers/go-digest"
 
+	"github.com/holdfast-dev/holdfast/internal/api"
 	"github.com/holdfast-dev/holdfast/internal/image/pull"
 	"github.com/holdfast-dev/holdfast/internal/meta"
 )
 
 // loggedPuller says what was pulled. Of a pull that fails its caller hears.
 type loggedPuller struct {
-	puller *pull.Puller
+	puller api.Puller
 	log    *slog.Logger
 }
 

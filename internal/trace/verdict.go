@@ -415,7 +415,10 @@ func (v Verdict) more(rec Record) string {
 			n += h.Requests
 		}
 		if l.Retries > 0 {
-			return fmt.Sprintf("%d requests, %d of that layer repeated", n, l.Retries)
+			return fmt.Sprintf("%d of %d requests repeated", l.Retries, n)
+		}
+		if n == 1 {
+			return "1 request"
 		}
 		return fmt.Sprintf("%d requests", n)
 	case Slots:

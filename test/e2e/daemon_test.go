@@ -50,6 +50,7 @@ func TestDirectories(t *testing.T) {
 		"root/io.containerd.snapshotter.v1.overlayfs":             fs.ModeDir | 0o700,
 		"root/io.containerd.snapshotter.v1.overlayfs/snapshots":   fs.ModeDir | 0o700,
 		"root/io.containerd.snapshotter.v1.overlayfs/metadata.db": 0o600,
+		"root/io.holdfast.v1.trace":                               fs.ModeDir | 0o700,
 		"root/io.holdfast.v1.trash":                               fs.ModeDir | 0o700,
 		"root/tmpmounts":                                          fs.ModeDir | 0o700,
 		"state/io.containerd.runtime.v2.task":                     fs.ModeDir | 0o711,

@@ -282,7 +282,10 @@ type PullEvent struct {
 	//	*PullEvent_Resolved
 	//	*PullEvent_Layer
 	//	*PullEvent_Done
-	Event         isPullEvent_Event `protobuf_oneof:"event"`
+	Event isPullEvent_Event `protobuf_oneof:"event"`
+	// The ID of the record that this pull leaves, for Traces: in the first event,
+	// which has nothing else, and in `done`. Empty where none are kept.
+	Trace         string `protobuf:"bytes,4,opt,name=trace,proto3" json:"trace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -349,6 +352,13 @@ func (x *PullEvent) GetDone() *Image {
 		}
 	}
 	return nil
+}
+
+func (x *PullEvent) GetTrace() string {
+	if x != nil {
+		return x.Trace
+	}
+	return ""
 }
 
 type isPullEvent_Event interface {
@@ -1197,6 +1207,634 @@ func (x *CollectResponse) GetElapsed() *durationpb.Duration {
 	return nil
 }
 
+type TracesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only this record, of whatever namespace.
+	Id string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The records of every namespace, and not only those of the call's.
+	AllNamespaces bool `protobuf:"varint,2,opt,name=all_namespaces,json=allNamespaces,proto3" json:"all_namespaces,omitempty"`
+	// At most so many; 0 is no bound.
+	Limit uint32 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"`
+	// Leave out spans, layers and hosts.
+	Brief         bool `protobuf:"varint,4,opt,name=brief,proto3" json:"brief,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TracesRequest) Reset() {
+	*x = TracesRequest{}
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TracesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TracesRequest) ProtoMessage() {}
+
+func (x *TracesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TracesRequest.ProtoReflect.Descriptor instead.
+func (*TracesRequest) Descriptor() ([]byte, []int) {
+	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *TracesRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *TracesRequest) GetAllNamespaces() bool {
+	if x != nil {
+		return x.AllNamespaces
+	}
+	return false
+}
+
+func (x *TracesRequest) GetLimit() uint32 {
+	if x != nil {
+		return x.Limit
+	}
+	return 0
+}
+
+func (x *TracesRequest) GetBrief() bool {
+	if x != nil {
+		return x.Brief
+	}
+	return false
+}
+
+// Trace says what one operation did with its time. Times of spans count from
+// its start.
+type Trace struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// `pull`.
+	Operation string `protobuf:"bytes,2,opt,name=operation,proto3" json:"operation,omitempty"`
+	Namespace string `protobuf:"bytes,3,opt,name=namespace,proto3" json:"namespace,omitempty"`
+	Reference string `protobuf:"bytes,4,opt,name=reference,proto3" json:"reference,omitempty"`
+	// The digest that the reference stands for.
+	Target string                 `protobuf:"bytes,5,opt,name=target,proto3" json:"target,omitempty"`
+	Start  *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=start,proto3" json:"start,omitempty"`
+	// Until its end, or until now.
+	Elapsed *durationpb.Duration `protobuf:"bytes,7,opt,name=elapsed,proto3" json:"elapsed,omitempty"`
+	// It has not ended.
+	Running bool `protobuf:"varint,8,opt,name=running,proto3" json:"running,omitempty"`
+	// Why it failed.
+	Error   string        `protobuf:"bytes,9,opt,name=error,proto3" json:"error,omitempty"`
+	Verdict *TraceVerdict `protobuf:"bytes,10,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// Of the operation itself.
+	Spans []*TraceSpan `protobuf:"bytes,11,rep,name=spans,proto3" json:"spans,omitempty"`
+	// Bottom first.
+	Layers []*TraceLayer `protobuf:"bytes,12,rep,name=layers,proto3" json:"layers,omitempty"`
+	Hosts  []*TraceHost  `protobuf:"bytes,13,rep,name=hosts,proto3" json:"hosts,omitempty"`
+	// Spans and layers that there was no room for.
+	Dropped       int64 `protobuf:"varint,14,opt,name=dropped,proto3" json:"dropped,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Trace) Reset() {
+	*x = Trace{}
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Trace) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Trace) ProtoMessage() {}
+
+func (x *Trace) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Trace.ProtoReflect.Descriptor instead.
+func (*Trace) Descriptor() ([]byte, []int) {
+	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *Trace) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Trace) GetOperation() string {
+	if x != nil {
+		return x.Operation
+	}
+	return ""
+}
+
+func (x *Trace) GetNamespace() string {
+	if x != nil {
+		return x.Namespace
+	}
+	return ""
+}
+
+func (x *Trace) GetReference() string {
+	if x != nil {
+		return x.Reference
+	}
+	return ""
+}
+
+func (x *Trace) GetTarget() string {
+	if x != nil {
+		return x.Target
+	}
+	return ""
+}
+
+func (x *Trace) GetStart() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *Trace) GetElapsed() *durationpb.Duration {
+	if x != nil {
+		return x.Elapsed
+	}
+	return nil
+}
+
+func (x *Trace) GetRunning() bool {
+	if x != nil {
+		return x.Running
+	}
+	return false
+}
+
+func (x *Trace) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
+func (x *Trace) GetVerdict() *TraceVerdict {
+	if x != nil {
+		return x.Verdict
+	}
+	return nil
+}
+
+func (x *Trace) GetSpans() []*TraceSpan {
+	if x != nil {
+		return x.Spans
+	}
+	return nil
+}
+
+func (x *Trace) GetLayers() []*TraceLayer {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *Trace) GetHosts() []*TraceHost {
+	if x != nil {
+		return x.Hosts
+	}
+	return nil
+}
+
+func (x *Trace) GetDropped() int64 {
+	if x != nil {
+		return x.Dropped
+	}
+	return 0
+}
+
+// TraceVerdict says what bounded the operation.
+type TraceVerdict struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One word, such as `network` or `inflate`.
+	Resource string `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"`
+	// In one line for people.
+	Text string `protobuf:"bytes,2,opt,name=text,proto3" json:"text,omitempty"`
+	// What the critical path was spent on, longest first.
+	Parts         []*TracePart `protobuf:"bytes,3,rep,name=parts,proto3" json:"parts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceVerdict) Reset() {
+	*x = TraceVerdict{}
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceVerdict) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceVerdict) ProtoMessage() {}
+
+func (x *TraceVerdict) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceVerdict.ProtoReflect.Descriptor instead.
+func (*TraceVerdict) Descriptor() ([]byte, []int) {
+	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *TraceVerdict) GetResource() string {
+	if x != nil {
+		return x.Resource
+	}
+	return ""
+}
+
+func (x *TraceVerdict) GetText() string {
+	if x != nil {
+		return x.Text
+	}
+	return ""
+}
+
+func (x *TraceVerdict) GetParts() []*TracePart {
+	if x != nil {
+		return x.Parts
+	}
+	return nil
+}
+
+type TracePart struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Resource      string                 `protobuf:"bytes,1,opt,name=resource,proto3" json:"resource,omitempty"`
+	Took          *durationpb.Duration   `protobuf:"bytes,2,opt,name=took,proto3" json:"took,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TracePart) Reset() {
+	*x = TracePart{}
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TracePart) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TracePart) ProtoMessage() {}
+
+func (x *TracePart) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TracePart.ProtoReflect.Descriptor instead.
+func (*TracePart) Descriptor() ([]byte, []int) {
+	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *TracePart) GetResource() string {
+	if x != nil {
+		return x.Resource
+	}
+	return ""
+}
+
+func (x *TracePart) GetTook() *durationpb.Duration {
+	if x != nil {
+		return x.Took
+	}
+	return nil
+}
+
+// TraceSpan is a stretch of time. Spans of a layer that begin and end together
+// are the parts of one pass over its bytes.
+type TraceSpan struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One word, such as `queue`, `dns` or `inflate`.
+	Stage   string               `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
+	Start   *durationpb.Duration `protobuf:"bytes,2,opt,name=start,proto3" json:"start,omitempty"`
+	Elapsed *durationpb.Duration `protobuf:"bytes,3,opt,name=elapsed,proto3" json:"elapsed,omitempty"`
+	// Of a part of a pass: how much of elapsed it worked.
+	Busy  *durationpb.Duration `protobuf:"bytes,4,opt,name=busy,proto3" json:"busy,omitempty"`
+	Bytes int64                `protobuf:"varint,5,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Note  string               `protobuf:"bytes,6,opt,name=note,proto3" json:"note,omitempty"`
+	// It has not ended.
+	Open          bool `protobuf:"varint,7,opt,name=open,proto3" json:"open,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceSpan) Reset() {
+	*x = TraceSpan{}
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceSpan) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceSpan) ProtoMessage() {}
+
+func (x *TraceSpan) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceSpan.ProtoReflect.Descriptor instead.
+func (*TraceSpan) Descriptor() ([]byte, []int) {
+	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *TraceSpan) GetStage() string {
+	if x != nil {
+		return x.Stage
+	}
+	return ""
+}
+
+func (x *TraceSpan) GetStart() *durationpb.Duration {
+	if x != nil {
+		return x.Start
+	}
+	return nil
+}
+
+func (x *TraceSpan) GetElapsed() *durationpb.Duration {
+	if x != nil {
+		return x.Elapsed
+	}
+	return nil
+}
+
+func (x *TraceSpan) GetBusy() *durationpb.Duration {
+	if x != nil {
+		return x.Busy
+	}
+	return nil
+}
+
+func (x *TraceSpan) GetBytes() int64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *TraceSpan) GetNote() string {
+	if x != nil {
+		return x.Note
+	}
+	return ""
+}
+
+func (x *TraceSpan) GetOpen() bool {
+	if x != nil {
+		return x.Open
+	}
+	return false
+}
+
+type TraceLayer struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Of the blob.
+	Digest string `protobuf:"bytes,1,opt,name=digest,proto3" json:"digest,omitempty"`
+	Size   int64  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	// It was here.
+	Present bool `protobuf:"varint,3,opt,name=present,proto3" json:"present,omitempty"`
+	// Another operation had begun it.
+	Joined bool `protobuf:"varint,4,opt,name=joined,proto3" json:"joined,omitempty"`
+	// That sent the last bytes.
+	Host string `protobuf:"bytes,5,opt,name=host,proto3" json:"host,omitempty"`
+	// Bytes that came over the network.
+	Fetched int64 `protobuf:"varint,6,opt,name=fetched,proto3" json:"fetched,omitempty"`
+	// Bytes that an earlier operation had fetched.
+	Kept int64 `protobuf:"varint,7,opt,name=kept,proto3" json:"kept,omitempty"`
+	// Requests that were repeated.
+	Retries       int64        `protobuf:"varint,8,opt,name=retries,proto3" json:"retries,omitempty"`
+	Spans         []*TraceSpan `protobuf:"bytes,9,rep,name=spans,proto3" json:"spans,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceLayer) Reset() {
+	*x = TraceLayer{}
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceLayer) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceLayer) ProtoMessage() {}
+
+func (x *TraceLayer) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceLayer.ProtoReflect.Descriptor instead.
+func (*TraceLayer) Descriptor() ([]byte, []int) {
+	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *TraceLayer) GetDigest() string {
+	if x != nil {
+		return x.Digest
+	}
+	return ""
+}
+
+func (x *TraceLayer) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *TraceLayer) GetPresent() bool {
+	if x != nil {
+		return x.Present
+	}
+	return false
+}
+
+func (x *TraceLayer) GetJoined() bool {
+	if x != nil {
+		return x.Joined
+	}
+	return false
+}
+
+func (x *TraceLayer) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *TraceLayer) GetFetched() int64 {
+	if x != nil {
+		return x.Fetched
+	}
+	return 0
+}
+
+func (x *TraceLayer) GetKept() int64 {
+	if x != nil {
+		return x.Kept
+	}
+	return 0
+}
+
+func (x *TraceLayer) GetRetries() int64 {
+	if x != nil {
+		return x.Retries
+	}
+	return 0
+}
+
+func (x *TraceLayer) GetSpans() []*TraceSpan {
+	if x != nil {
+		return x.Spans
+	}
+	return nil
+}
+
+// TraceHost is a registry or mirror that was asked.
+type TraceHost struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Name     string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Requests int64                  `protobuf:"varint,2,opt,name=requests,proto3" json:"requests,omitempty"`
+	Failures int64                  `protobuf:"varint,3,opt,name=failures,proto3" json:"failures,omitempty"`
+	// Why it was not asked any more.
+	Down          string `protobuf:"bytes,4,opt,name=down,proto3" json:"down,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *TraceHost) Reset() {
+	*x = TraceHost{}
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[21]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TraceHost) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TraceHost) ProtoMessage() {}
+
+func (x *TraceHost) ProtoReflect() protoreflect.Message {
+	mi := &file_holdfast_v1_holdfast_proto_msgTypes[21]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TraceHost.ProtoReflect.Descriptor instead.
+func (*TraceHost) Descriptor() ([]byte, []int) {
+	return file_holdfast_v1_holdfast_proto_rawDescGZIP(), []int{21}
+}
+
+func (x *TraceHost) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *TraceHost) GetRequests() int64 {
+	if x != nil {
+		return x.Requests
+	}
+	return 0
+}
+
+func (x *TraceHost) GetFailures() int64 {
+	if x != nil {
+		return x.Failures
+	}
+	return 0
+}
+
+func (x *TraceHost) GetDown() string {
+	if x != nil {
+		return x.Down
+	}
+	return ""
+}
+
 var File_holdfast_v1_holdfast_proto protoreflect.FileDescriptor
 
 const file_holdfast_v1_holdfast_proto_rawDesc = "" +
@@ -1223,11 +1861,12 @@ const file_holdfast_v1_holdfast_proto_rawDesc = "" +
 	"\busername\x18\x01 \x01(\tR\busername\x12\x1a\n" +
 	"\bpassword\x18\x02 \x01(\tR\bpassword\x12%\n" +
 	"\x0eidentity_token\x18\x03 \x01(\tR\ridentityToken\x12%\n" +
-	"\x0eregistry_token\x18\x04 \x01(\tR\rregistryToken\"\xa7\x01\n" +
+	"\x0eregistry_token\x18\x04 \x01(\tR\rregistryToken\"\xbd\x01\n" +
 	"\tPullEvent\x127\n" +
 	"\bresolved\x18\x01 \x01(\v2\x19.holdfast.v1.PullResolvedH\x00R\bresolved\x12.\n" +
 	"\x05layer\x18\x02 \x01(\v2\x16.holdfast.v1.PullLayerH\x00R\x05layer\x12(\n" +
-	"\x04done\x18\x03 \x01(\v2\x12.holdfast.v1.ImageH\x00R\x04doneB\a\n" +
+	"\x04done\x18\x03 \x01(\v2\x12.holdfast.v1.ImageH\x00R\x04done\x12\x14\n" +
+	"\x05trace\x18\x04 \x01(\tR\x05traceB\a\n" +
 	"\x05event\"]\n" +
 	"\fPullResolved\x12\x1c\n" +
 	"\treference\x18\x01 \x01(\tR\treference\x12/\n" +
@@ -1303,12 +1942,65 @@ const file_holdfast_v1_holdfast_proto_rawDesc = "" +
 	"\x06leases\x18\x04 \x01(\x03R\x06leases\x12\x18\n" +
 	"\aingests\x18\x05 \x01(\x03R\aingests\x12\x14\n" +
 	"\x05bytes\x18\x06 \x01(\x03R\x05bytes\x123\n" +
-	"\aelapsed\x18\a \x01(\v2\x19.google.protobuf.DurationR\aelapsed2\x86\x02\n" +
+	"\aelapsed\x18\a \x01(\v2\x19.google.protobuf.DurationR\aelapsed\"r\n" +
+	"\rTracesRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12%\n" +
+	"\x0eall_namespaces\x18\x02 \x01(\bR\rallNamespaces\x12\x14\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05brief\x18\x04 \x01(\bR\x05brief\"\xfc\x03\n" +
+	"\x05Trace\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1c\n" +
+	"\toperation\x18\x02 \x01(\tR\toperation\x12\x1c\n" +
+	"\tnamespace\x18\x03 \x01(\tR\tnamespace\x12\x1c\n" +
+	"\treference\x18\x04 \x01(\tR\treference\x12\x16\n" +
+	"\x06target\x18\x05 \x01(\tR\x06target\x120\n" +
+	"\x05start\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05start\x123\n" +
+	"\aelapsed\x18\a \x01(\v2\x19.google.protobuf.DurationR\aelapsed\x12\x18\n" +
+	"\arunning\x18\b \x01(\bR\arunning\x12\x14\n" +
+	"\x05error\x18\t \x01(\tR\x05error\x123\n" +
+	"\averdict\x18\n" +
+	" \x01(\v2\x19.holdfast.v1.TraceVerdictR\averdict\x12,\n" +
+	"\x05spans\x18\v \x03(\v2\x16.holdfast.v1.TraceSpanR\x05spans\x12/\n" +
+	"\x06layers\x18\f \x03(\v2\x17.holdfast.v1.TraceLayerR\x06layers\x12,\n" +
+	"\x05hosts\x18\r \x03(\v2\x16.holdfast.v1.TraceHostR\x05hosts\x12\x18\n" +
+	"\adropped\x18\x0e \x01(\x03R\adropped\"l\n" +
+	"\fTraceVerdict\x12\x1a\n" +
+	"\bresource\x18\x01 \x01(\tR\bresource\x12\x12\n" +
+	"\x04text\x18\x02 \x01(\tR\x04text\x12,\n" +
+	"\x05parts\x18\x03 \x03(\v2\x16.holdfast.v1.TracePartR\x05parts\"V\n" +
+	"\tTracePart\x12\x1a\n" +
+	"\bresource\x18\x01 \x01(\tR\bresource\x12-\n" +
+	"\x04took\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x04took\"\xf4\x01\n" +
+	"\tTraceSpan\x12\x14\n" +
+	"\x05stage\x18\x01 \x01(\tR\x05stage\x12/\n" +
+	"\x05start\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x05start\x123\n" +
+	"\aelapsed\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\aelapsed\x12-\n" +
+	"\x04busy\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\x04busy\x12\x14\n" +
+	"\x05bytes\x18\x05 \x01(\x03R\x05bytes\x12\x12\n" +
+	"\x04note\x18\x06 \x01(\tR\x04note\x12\x12\n" +
+	"\x04open\x18\a \x01(\bR\x04open\"\xf4\x01\n" +
+	"\n" +
+	"TraceLayer\x12\x16\n" +
+	"\x06digest\x18\x01 \x01(\tR\x06digest\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\x12\x18\n" +
+	"\apresent\x18\x03 \x01(\bR\apresent\x12\x16\n" +
+	"\x06joined\x18\x04 \x01(\bR\x06joined\x12\x12\n" +
+	"\x04host\x18\x05 \x01(\tR\x04host\x12\x18\n" +
+	"\afetched\x18\x06 \x01(\x03R\afetched\x12\x12\n" +
+	"\x04kept\x18\a \x01(\x03R\x04kept\x12\x18\n" +
+	"\aretries\x18\b \x01(\x03R\aretries\x12,\n" +
+	"\x05spans\x18\t \x03(\v2\x16.holdfast.v1.TraceSpanR\x05spans\"k\n" +
+	"\tTraceHost\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
+	"\brequests\x18\x02 \x01(\x03R\brequests\x12\x1a\n" +
+	"\bfailures\x18\x03 \x01(\x03R\bfailures\x12\x12\n" +
+	"\x04down\x18\x04 \x01(\tR\x04down2\xc2\x02\n" +
 	"\bHoldfast\x12:\n" +
 	"\x04Pull\x12\x18.holdfast.v1.PullRequest\x1a\x16.holdfast.v1.PullEvent0\x01\x129\n" +
 	"\x04Tree\x12\x18.holdfast.v1.TreeRequest\x1a\x15.holdfast.v1.TreeNode0\x01\x12=\n" +
 	"\x05Check\x12\x19.holdfast.v1.CheckRequest\x1a\x17.holdfast.v1.CheckEvent0\x01\x12D\n" +
-	"\aCollect\x12\x1b.holdfast.v1.CollectRequest\x1a\x1c.holdfast.v1.CollectResponseB?Z=github.com/holdfast-dev/holdfast/proto/holdfast/v1;holdfastv1b\x06proto3"
+	"\aCollect\x12\x1b.holdfast.v1.CollectRequest\x1a\x1c.holdfast.v1.CollectResponse\x12:\n" +
+	"\x06Traces\x12\x1a.holdfast.v1.TracesRequest\x1a\x12.holdfast.v1.Trace0\x01B?Z=github.com/holdfast-dev/holdfast/proto/holdfast/v1;holdfastv1b\x06proto3"
 
 var (
 	file_holdfast_v1_holdfast_proto_rawDescOnce sync.Once
@@ -1323,7 +2015,7 @@ func file_holdfast_v1_holdfast_proto_rawDescGZIP() []byte {
 }
 
 var file_holdfast_v1_holdfast_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_holdfast_v1_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_holdfast_v1_holdfast_proto_msgTypes = make([]protoimpl.MessageInfo, 24)
 var file_holdfast_v1_holdfast_proto_goTypes = []any{
 	(PullLayer_Stage)(0),          // 0: holdfast.v1.PullLayer.Stage
 	(*PullRequest)(nil),           // 1: holdfast.v1.PullRequest
@@ -1341,14 +2033,21 @@ var file_holdfast_v1_holdfast_proto_goTypes = []any{
 	(*CheckSummary)(nil),          // 13: holdfast.v1.CheckSummary
 	(*CollectRequest)(nil),        // 14: holdfast.v1.CollectRequest
 	(*CollectResponse)(nil),       // 15: holdfast.v1.CollectResponse
-	nil,                           // 16: holdfast.v1.PullRequest.LabelsEntry
-	nil,                           // 17: holdfast.v1.Image.LabelsEntry
-	(*timestamppb.Timestamp)(nil), // 18: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*TracesRequest)(nil),         // 16: holdfast.v1.TracesRequest
+	(*Trace)(nil),                 // 17: holdfast.v1.Trace
+	(*TraceVerdict)(nil),          // 18: holdfast.v1.TraceVerdict
+	(*TracePart)(nil),             // 19: holdfast.v1.TracePart
+	(*TraceSpan)(nil),             // 20: holdfast.v1.TraceSpan
+	(*TraceLayer)(nil),            // 21: holdfast.v1.TraceLayer
+	(*TraceHost)(nil),             // 22: holdfast.v1.TraceHost
+	nil,                           // 23: holdfast.v1.PullRequest.LabelsEntry
+	nil,                           // 24: holdfast.v1.Image.LabelsEntry
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 26: google.protobuf.Duration
 }
 var file_holdfast_v1_holdfast_proto_depIdxs = []int32{
 	2,  // 0: holdfast.v1.PullRequest.credential:type_name -> holdfast.v1.Credential
-	16, // 1: holdfast.v1.PullRequest.labels:type_name -> holdfast.v1.PullRequest.LabelsEntry
+	23, // 1: holdfast.v1.PullRequest.labels:type_name -> holdfast.v1.PullRequest.LabelsEntry
 	4,  // 2: holdfast.v1.PullEvent.resolved:type_name -> holdfast.v1.PullResolved
 	5,  // 3: holdfast.v1.PullEvent.layer:type_name -> holdfast.v1.PullLayer
 	7,  // 4: holdfast.v1.PullEvent.done:type_name -> holdfast.v1.Image
@@ -1356,26 +2055,40 @@ var file_holdfast_v1_holdfast_proto_depIdxs = []int32{
 	6,  // 6: holdfast.v1.PullLayer.descriptor:type_name -> holdfast.v1.Descriptor
 	0,  // 7: holdfast.v1.PullLayer.stage:type_name -> holdfast.v1.PullLayer.Stage
 	6,  // 8: holdfast.v1.Image.target:type_name -> holdfast.v1.Descriptor
-	17, // 9: holdfast.v1.Image.labels:type_name -> holdfast.v1.Image.LabelsEntry
-	18, // 10: holdfast.v1.Image.created_at:type_name -> google.protobuf.Timestamp
-	18, // 11: holdfast.v1.Image.updated_at:type_name -> google.protobuf.Timestamp
+	24, // 9: holdfast.v1.Image.labels:type_name -> holdfast.v1.Image.LabelsEntry
+	25, // 10: holdfast.v1.Image.created_at:type_name -> google.protobuf.Timestamp
+	25, // 11: holdfast.v1.Image.updated_at:type_name -> google.protobuf.Timestamp
 	12, // 12: holdfast.v1.CheckEvent.finding:type_name -> holdfast.v1.CheckFinding
 	13, // 13: holdfast.v1.CheckEvent.summary:type_name -> holdfast.v1.CheckSummary
-	19, // 14: holdfast.v1.CheckSummary.elapsed:type_name -> google.protobuf.Duration
-	19, // 15: holdfast.v1.CollectResponse.elapsed:type_name -> google.protobuf.Duration
-	1,  // 16: holdfast.v1.Holdfast.Pull:input_type -> holdfast.v1.PullRequest
-	8,  // 17: holdfast.v1.Holdfast.Tree:input_type -> holdfast.v1.TreeRequest
-	10, // 18: holdfast.v1.Holdfast.Check:input_type -> holdfast.v1.CheckRequest
-	14, // 19: holdfast.v1.Holdfast.Collect:input_type -> holdfast.v1.CollectRequest
-	3,  // 20: holdfast.v1.Holdfast.Pull:output_type -> holdfast.v1.PullEvent
-	9,  // 21: holdfast.v1.Holdfast.Tree:output_type -> holdfast.v1.TreeNode
-	11, // 22: holdfast.v1.Holdfast.Check:output_type -> holdfast.v1.CheckEvent
-	15, // 23: holdfast.v1.Holdfast.Collect:output_type -> holdfast.v1.CollectResponse
-	20, // [20:24] is the sub-list for method output_type
-	16, // [16:20] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	26, // 14: holdfast.v1.CheckSummary.elapsed:type_name -> google.protobuf.Duration
+	26, // 15: holdfast.v1.CollectResponse.elapsed:type_name -> google.protobuf.Duration
+	25, // 16: holdfast.v1.Trace.start:type_name -> google.protobuf.Timestamp
+	26, // 17: holdfast.v1.Trace.elapsed:type_name -> google.protobuf.Duration
+	18, // 18: holdfast.v1.Trace.verdict:type_name -> holdfast.v1.TraceVerdict
+	20, // 19: holdfast.v1.Trace.spans:type_name -> holdfast.v1.TraceSpan
+	21, // 20: holdfast.v1.Trace.layers:type_name -> holdfast.v1.TraceLayer
+	22, // 21: holdfast.v1.Trace.hosts:type_name -> holdfast.v1.TraceHost
+	19, // 22: holdfast.v1.TraceVerdict.parts:type_name -> holdfast.v1.TracePart
+	26, // 23: holdfast.v1.TracePart.took:type_name -> google.protobuf.Duration
+	26, // 24: holdfast.v1.TraceSpan.start:type_name -> google.protobuf.Duration
+	26, // 25: holdfast.v1.TraceSpan.elapsed:type_name -> google.protobuf.Duration
+	26, // 26: holdfast.v1.TraceSpan.busy:type_name -> google.protobuf.Duration
+	20, // 27: holdfast.v1.TraceLayer.spans:type_name -> holdfast.v1.TraceSpan
+	1,  // 28: holdfast.v1.Holdfast.Pull:input_type -> holdfast.v1.PullRequest
+	8,  // 29: holdfast.v1.Holdfast.Tree:input_type -> holdfast.v1.TreeRequest
+	10, // 30: holdfast.v1.Holdfast.Check:input_type -> holdfast.v1.CheckRequest
+	14, // 31: holdfast.v1.Holdfast.Collect:input_type -> holdfast.v1.CollectRequest
+	16, // 32: holdfast.v1.Holdfast.Traces:input_type -> holdfast.v1.TracesRequest
+	3,  // 33: holdfast.v1.Holdfast.Pull:output_type -> holdfast.v1.PullEvent
+	9,  // 34: holdfast.v1.Holdfast.Tree:output_type -> holdfast.v1.TreeNode
+	11, // 35: holdfast.v1.Holdfast.Check:output_type -> holdfast.v1.CheckEvent
+	15, // 36: holdfast.v1.Holdfast.Collect:output_type -> holdfast.v1.CollectResponse
+	17, // 37: holdfast.v1.Holdfast.Traces:output_type -> holdfast.v1.Trace
+	33, // [33:38] is the sub-list for method output_type
+	28, // [28:33] is the sub-list for method input_type
+	28, // [28:28] is the sub-list for extension type_name
+	28, // [28:28] is the sub-list for extension extendee
+	0,  // [0:28] is the sub-list for field type_name
 }
 
 func init() { file_holdfast_v1_holdfast_proto_init() }
@@ -1398,7 +2111,7 @@ func file_holdfast_v1_holdfast_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_holdfast_v1_holdfast_proto_rawDesc), len(file_holdfast_v1_holdfast_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   17,
+			NumMessages:   24,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

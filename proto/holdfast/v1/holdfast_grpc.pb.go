@@ -30,6 +30,7 @@ const (
 	Holdfast_Tree_FullMethodName    = "/holdfast.v1.Holdfast/Tree"
 	Holdfast_Check_FullMethodName   = "/holdfast.v1.Holdfast/Check"
 	Holdfast_Collect_FullMethodName = "/holdfast.v1.Holdfast/Collect"
+	Holdfast_Traces_FullMethodName  = "/holdfast.v1.Holdfast/Traces"
 )
 
 // HoldfastClient is the client API for Holdfast service.
@@ -50,6 +51,9 @@ type HoldfastClient interface {
 	// Collect removes everything that nothing needs, and returns when the files
 	// are gone.
 	Collect(ctx context.Context, in *CollectRequest, opts ...grpc.CallOption) (*CollectResponse, error)
+	// Traces sends the records that operations have left, newest first, with
+	// those of the operations that are under way.
+	Traces(ctx context.Context, in *TracesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Trace], error)
 }
 
 type holdfastClient struct {
@@ -127,6 +131,25 @@ func (c *holdfastClient) Collect(ctx context.Context, in *CollectRequest, opts .
 	return out, nil
 }
 
+func (c *holdfastClient) Traces(ctx context.Context, in *TracesRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Trace], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Holdfast_ServiceDesc.Streams[3], Holdfast_Traces_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[TracesRequest, Trace]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Holdfast_TracesClient = grpc.ServerStreamingClient[Trace]
+
 // HoldfastServer is the server API for Holdfast service.
 // All implementations must embed UnimplementedHoldfastServer
 // for forward compatibility.
@@ -145,6 +168,9 @@ type HoldfastServer interface {
 	// Collect removes everything that nothing needs, and returns when the files
 	// are gone.
 	Collect(context.Context, *CollectRequest) (*CollectResponse, error)
+	// Traces sends the records that operations have left, newest first, with
+	// those of the operations that are under way.
+	Traces(*TracesRequest, grpc.ServerStreamingServer[Trace]) error
 	mustEmbedUnimplementedHoldfastServer()
 }
 
@@ -166,6 +192,9 @@ func (UnimplementedHoldfastServer) Check(*CheckRequest, grpc.ServerStreamingServ
 }
 func (UnimplementedHoldfastServer) Collect(context.Context, *CollectRequest) (*CollectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Collect not implemented")
+}
+func (UnimplementedHoldfastServer) Traces(*TracesRequest, grpc.ServerStreamingServer[Trace]) error {
+	return status.Error(codes.Unimplemented, "method Traces not implemented")
 }
 func (UnimplementedHoldfastServer) mustEmbedUnimplementedHoldfastServer() {}
 func (UnimplementedHoldfastServer) testEmbeddedByValue()                  {}
@@ -239,6 +268,17 @@ func _Holdfast_Collect_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Holdfast_Traces_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(TracesRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(HoldfastServer).Traces(m, &grpc.GenericServerStream[TracesRequest, Trace]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Holdfast_TracesServer = grpc.ServerStreamingServer[Trace]
+
 // Holdfast_ServiceDesc is the grpc.ServiceDesc for Holdfast service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -265,6 +305,11 @@ var Holdfast_ServiceDesc = grpc.ServiceDesc{
 		{
 			StreamName:    "Check",
 			Handler:       _Holdfast_Check_Handler,
+			ServerStreams: true,
+		},
+		{
+			StreamName:    "Traces",
+			Handler:       _Holdfast_Traces_Handler,
 			ServerStreams: true,
 		},
 	},
