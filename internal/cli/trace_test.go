@@ -76,6 +76,7 @@ func TestTraceShow(t *testing.T) {
 func TestWaterfallFits(t *testing.T) {
 	odd := record()
 	odd.Elapsed, odd.Running, odd.Error, odd.Dropped = ms(0), true, "it\nfailed", 7
+	odd.Spans = append(odd.Spans, stage("before", -500, 1<<40), stage("after", 1<<40, -1))
 	open := record()
 	open.Running = true
 	open.Layers[2].Spans = []*holdfastv1.TraceSpan{{Stage: "unpack", Start: ms(420), Elapsed: ms(99_999), Open: true}}

@@ -117,7 +117,7 @@ func (p *picture) row(spans []*holdfastv1.TraceSpan) {
 		took += worked(s)
 		bytes += s.Bytes
 		from := min(p.column(s.Start.AsDuration()), p.bar-1)
-		to := max(min(p.column(s.Start.AsDuration()+s.Elapsed.AsDuration()), p.bar), from+1)
+		to := max(p.column(s.Start.AsDuration()+s.Elapsed.AsDuration()), from+1)
 		for i := from; i < to; i++ {
 			axis[i] = shade(s)
 		}
@@ -135,8 +135,10 @@ func (p *picture) row(spans []*holdfastv1.TraceSpan) {
 	p.line("  %-11s %8s  %-18s  %s", stageName(spans[0].Stage), span(took), detail, string(axis))
 }
 
+// column is where a time lies on the axis, from 0 to p.bar.
 func (p *picture) column(at time.Duration) int {
-	return int(float64(at) / float64(p.total) * float64(p.bar))
+	share := min(max(float64(at)/float64(p.total), 0), 1) // a damaged record may say anything
+	return int(share * float64(p.bar))
 }
 
 // worked is how long a span worked: all of its time, unless it went on beside
@@ -191,6 +193,8 @@ func criticalPath(t *holdfastv1.Trace) string {
 // span is a length of time in three digits or so.
 func span(d time.Duration) string {
 	switch {
+	case d >= 1000*time.Hour:
+		return "> 1000 h"
 	case d >= 100*time.Second:
 		return d.Round(time.Second).String()
 	case d >= time.Second:

@@ -1,6 +1,7 @@
 package trace
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -121,7 +122,7 @@ func (r *Recorder) write() {
 // save writes a record, and first removes old ones to make room. A power cut
 // in between costs old records, which is what they are for.
 func (r *Recorder) save(rec Record) error {
-	data, err := json.Marshal(rec)
+	data, err := encode(rec)
 	if err != nil {
 		return err
 	}
@@ -190,6 +191,14 @@ func (r *Recorder) load(id string) (Record, error) {
 		return Record{}, err
 	}
 	return decode(id, data)
+}
+
+func encode(rec Record) ([]byte, error) {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false) // nobody puts it on a web page as it is, and it would grow sixfold
+	err := enc.Encode(rec)
+	return b.Bytes(), err
 }
 
 // decode reads a record.

@@ -11,6 +11,8 @@ import (
 	"regexp"
 	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/opencontainers/go-digest"
 )
@@ -137,14 +139,20 @@ const (
 	maxHosts  = 32
 	maxText   = 200  // bytes of a host or note
 	maxError  = 4096 // bytes of the error, and of the reference
-	maxFile   = 4 << 20
+	maxFile   = 8 << 20
 )
 
+// clip bounds a text, and takes out what is no text: it may come from a registry.
 func clip(s string, most int) string {
 	if len(s) > most {
-		return strings.ToValidUTF8(s[:most], "") + "..."
+		s = s[:most] + "..."
 	}
-	return s
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) && r != utf8.RuneError {
+			return r
+		}
+		return ' '
+	}, s)
 }
 
 // idForm is that of a record's ID: when it began, and four letters that tell

@@ -14,7 +14,7 @@ import (
 	"github.com/opencontainers/go-digest"
 )
 
-func open(t *testing.T, dir string, opts Options) *Recorder {
+func open(t testing.TB, dir string, opts Options) *Recorder {
 	t.Helper()
 	r, err := Open(dir, opts)
 	if err != nil {
