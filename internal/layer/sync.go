@@ -48,7 +48,7 @@ func (c *fewChanges) sync(root *inroot.Root) (done bool, err error) {
 	for _, set := range []map[string]struct{}{c.files, c.dirs} {
 		for _, name := range slices.Sorted(maps.Keys(set)) {
 			err := root.Sync(name)
-			if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) {
+			if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENOTDIR) && !errors.Is(err, unix.ELOOP) {
 				return false, err
 			}
 		}

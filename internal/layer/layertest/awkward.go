@@ -59,6 +59,7 @@ func Awkward() []Image {
 			Archive(File("a", "a"), Dir("b", 0o755), File("b/f", "f"), Dir("c", 0o755), File("c/g", "g"), Symlink("e", "b")),
 			Archive(Dir("a", 0o700), Symlink("b", "a"), File("c", "c"), Dir("e", 0o755))),
 		image("types-change-in-layer", base, Archive(File("var", "v"), Dir("var", 0o755), File("etc", "e"), Symlink("etc", "usr"), Dir("etc", 0o711), File("etc/f", "f"))),
+		image("written-then-looped", base, Archive(File("srv/x/f", "f"), Symlink("srv", "srv"), File("etc/n/f", "f"), Symlink("etc/n", "m"))),
 		image("duplicates", Archive(File("a", "1"), File("a", "2"), Dir("d", 0o755), File("d/f", "f"), Dir("d", 0o700), Symlink("s", "a"), File("s", "s"))),
 		image("xattrs", Archive(File("f", "f").Xattr("user.one", "1").Xattr("user.zero", "a\x00b"), File("cap", "c").Owned(5, 6).Moded(0o755).Xattr("security.capability", capability),
 			Dir("d", 0o755).Xattr("user.d", "d"), Symlink("s", "f").Xattr("user.ignored", "x"), File("t", "t").Xattr("trusted.secret", "x").Xattr("trusted.overlay.opaque", "y"))),
