@@ -23,6 +23,10 @@ type CompareOptions struct {
 	IgnoreTimes func(name string, dir bool) bool
 	// IgnoreRoot leaves out the attributes of the two roots themselves.
 	IgnoreRoot bool
+	// Uppers is for an overlay's own directories: the attributes
+	// `trusted.overlay.*`, which show nowhere else, are compared too, and the
+	// times of whiteouts are not.
+	Uppers bool
 }
 
 // DirTimes ignores the times of all directories.
@@ -43,11 +47,11 @@ func (d Difference) String() string {
 // content, link target, times of modification, extended attributes (those of
 // `trusted.overlay.` apart), and which names are hard links to each other.
 func Compare(a, b string, opts CompareOptions) ([]Difference, error) {
-	ta, err := read(a)
+	ta, err := read(a, opts.Uppers)
 	if err != nil {
 		return nil, err
 	}
-	tb, err := read(b)
+	tb, err := read(b, opts.Uppers)
 	if err != nil {
 		return nil, err
 	}
@@ -83,7 +87,7 @@ func Compare(a, b string, opts CompareOptions) ([]Difference, error) {
 // change, so that a test can assert that nothing in it was touched.
 func Snapshot(dir string) (map[string]string, error) {
 	out := make(map[string]string)
-	t, err := read(dir)
+	t, err := read(dir, false)
 	if err != nil {
 		return nil, err
 	}
@@ -98,7 +102,7 @@ func Snapshot(dir string) (map[string]string, error) {
 }
 
 // read describes each entry of a tree in words that can be compared.
-func read(root string) (map[string]map[string]string, error) {
+func read(root string, uppers bool) (map[string]map[string]string, error) {
 	tree := make(map[string]map[string]string)
 	first := make(map[[2]uint64]string) // hard links: the first name of each file
 	err := filepath.WalkDir(root, func(full string, _ fs.DirEntry, err error) error {
@@ -113,7 +117,7 @@ func read(root string) (map[string]map[string]string, error) {
 		if err := unix.Lstat(full, &st); err != nil {
 			return fmt.Errorf("lstat %s: %w", full, err)
 		}
-		e, err := describe(full, st)
+		e, err := describe(full, st, uppers)
 		if err != nil {
 			return err
 		}
@@ -130,7 +134,7 @@ func read(root string) (map[string]map[string]string, error) {
 	return tree, err
 }
 
-func describe(full string, st unix.Stat_t) (map[string]string, error) {
+func describe(full string, st unix.Stat_t, uppers bool) (map[string]string, error) {
 	e := map[string]string{
 		"mode":  fmt.Sprintf("%#o", st.Mode&0o7777),
 		"owner": fmt.Sprintf("%d:%d", st.Uid, st.Gid),
@@ -152,13 +156,16 @@ func describe(full string, st unix.Stat_t) (map[string]string, error) {
 	case unix.S_IFCHR, unix.S_IFBLK:
 		e["type"] = fmt.Sprintf("device %#o", st.Mode&unix.S_IFMT)
 		e["device"] = fmt.Sprintf("%d:%d", unix.Major(st.Rdev), unix.Minor(st.Rdev))
+		if uppers && st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == 0 {
+			delete(e, "times") // nobody sees those of a whiteout
+		}
 	default:
 		e["type"] = fmt.Sprintf("%#o", st.Mode&unix.S_IFMT)
 	}
 	if err != nil {
 		return nil, err
 	}
-	e["xattrs"], err = xattrs(full)
+	e["xattrs"], err = xattrs(full, uppers)
 	return e, err
 }
 
@@ -175,7 +182,7 @@ func sum(full string) (string, error) {
 	return fmt.Sprintf("%x", h.Sum(nil)), nil
 }
 
-func xattrs(full string) (string, error) {
+func xattrs(full string, uppers bool) (string, error) {
 	buf := make([]byte, 64<<10)
 	n, err := unix.Llistxattr(full, buf)
 	if errors.Is(err, unix.ENOTSUP) {
@@ -188,7 +195,7 @@ func xattrs(full string) (string, error) {
 	slices.Sort(keys)
 	var out strings.Builder
 	for _, key := range keys {
-		if key == "" || strings.HasPrefix(key, "trusted.overlay.") {
+		if key == "" || !uppers && strings.HasPrefix(key, "trusted.overlay.") {
 			continue
 		}
 		n, err := unix.Lgetxattr(full, key, buf)
