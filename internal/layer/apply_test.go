@@ -204,7 +204,7 @@ func hostiles(t testing.TB) []hostile {
 		{"truncated zstd", zstded(t, valid)[:2000], Limits{}, "unexpected EOF", any},
 		{"garbage", noise[:4096], Limits{}, "layer archive", any},
 		{"garbage in gzip", append(gzipped(t, valid)[:200], noise[:200]...), Limits{}, "", any},
-		{"garbage behind gzip", append(gzipped(t, valid), "garbage"...), Limits{}, "after the end of the archive", any},
+		{"garbage behind gzip", append(gzipped(t, valid), "garbage behind it"...), Limits{}, "after the end of the archive: behind the gzip content: not a gzip header", any},
 		{"gzip head only", []byte{0x1f, 0x8b}, Limits{}, "read gzip header", any},
 		{"bad checksum", raw(func(b *bytes.Buffer) { layertest.Raw(b, '0', "n", ""); b.Bytes()[0] = 'm' }), Limits{}, "layer archive", any},
 	}

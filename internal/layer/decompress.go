@@ -3,14 +3,16 @@ package layer
 import (
 	"bufio"
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"mime"
 	"strings"
 
 	"github.com/containerd/errdefs"
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
+
+	"github.com/holdfast-dev/holdfast/internal/inflate"
 )
 
 // maxWindow bounds the memory that a zstd frame may ask for: what the zstd
@@ -38,11 +40,11 @@ func decompress(r io.Reader, mediaType string) (io.ReadCloser, error) {
 	case len(head) >= 262 && string(head[257:262]) == "ustar":
 		return nothingToClose{buffered}, nil
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
-		z, err := gzip.NewReader(buffered)
+		z, err := inflate.NewReader(buffered)
 		if err != nil {
 			return nil, fmt.Errorf("read gzip header: %w", err)
 		}
-		return z, nil
+		return gzipReader{z}, nil
 	case isZstd(head):
 		z, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
@@ -51,6 +53,17 @@ func decompress(r io.Reader, mediaType string) (io.ReadCloser, error) {
 		return z.IOReadCloser(), nil
 	}
 	return nothingToClose{buffered}, nil
+}
+
+// gzipReader says where it was when no member began where one had to.
+type gzipReader struct{ *inflate.Reader }
+
+func (g gzipReader) Read(p []byte) (int, error) {
+	n, err := g.Reader.Read(p)
+	if errors.Is(err, inflate.ErrHeader) {
+		err = fmt.Errorf("behind the gzip content: %w", err)
+	}
+	return n, err
 }
 
 // isZstd knows a zstd frame, and a skippable one, which may come first.
