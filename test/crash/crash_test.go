@@ -1,7 +1,7 @@
 // Package crash kills the daemon, cuts its power and fills its disk, and looks at what is left.
 //
-// `go test ./test/crash` tries 200 power cuts, and every fault point when it is
-// first passed; with -thorough, at its second and fifth pass too.
+// `go test ./test/crash` tries 300 power cuts, and every fault point when it is
+// first passed; with -thorough 400, and every point at its second and fifth pass too.
 package crash
 
 import (
@@ -156,9 +156,9 @@ func checkEmpty(t *testing.T, d *harness.Daemon) {
 	}
 }
 
-func mkfs(t *testing.T, device string) {
+func mkfs(t *testing.T, fsys fileSystem, device string) {
 	t.Helper()
-	if out, err := exec.Command("mkfs.ext4", "-q", "-E", "nodiscard", device).CombinedOutput(); err != nil {
-		t.Fatalf("mkfs.ext4 %s: %v\n%s", device, err, out)
+	if out, err := exec.Command(fsys.mkfs[0], append(fsys.mkfs[1:], device)...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %s: %v\n%s", fsys.mkfs[0], device, err, out)
 	}
 }

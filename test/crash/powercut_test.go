@@ -18,19 +18,39 @@ import (
 const (
 	cutCount = 200
 
-	diskSize = 128 << 20
-
 	// pullSpeed makes the pull outlast a few commits of ext4's journal, each
 	// of which may publish names before the bytes behind them.
 	pullSpeed = 1 << 20
-
-	// ext4Options are those that forget the most: a commit every second, and no
-	// help for who renames without fsync.
-	ext4Options = "noauto_da_alloc,commit=1"
 )
+
+// fileSystem is one on which the power is cut.
+type fileSystem struct {
+	name    string
+	size    int64 // of its disk, in bytes
+	mkfs    []string
+	options string // of its mount
+	cuts    int    // tried when not thorough
+}
+
+var ext4 = fileSystem{
+	name: "ext4", size: 128 << 20,
+	mkfs: []string{"mkfs.ext4", "-q", "-E", "nodiscard"},
+	// Those that forget the most: a commit every second, and no help for who
+	// renames without fsync.
+	options: "noauto_da_alloc,commit=1",
+	cuts:    cutCount,
+}
+
+var xfs = fileSystem{
+	name: "xfs", size: 320 << 20, // mkfs.xfs takes no less than 300 MiB
+	mkfs:    []string{"mkfs.xfs", "-q", "-K"},
+	options: "nouuid", // several cuts of one disk are mounted at a time
+	cuts:    cutCount / 2,
+}
 
 // recording is a pull onto a disk that knows its history.
 type recording struct {
+	fsys  fileSystem
 	disk  *forgetful.Disk
 	start int // before the daemon's first start on an empty disk
 	done  int // after the pull succeeded
@@ -48,28 +68,35 @@ func TestPowerCut(t *testing.T) {
 	seed := newSeed(t)
 	reg := harness.NewRegistry(t)
 	img := harness.NewImage(t, harness.Random(seed, 3)...)
-	rec := record(t, reg, img, reg.Push(img, "cut"))
-	cuts := chooseCuts(rec.disk.Log(t), rec.start, rec.end, cutCount, seed)
-	t.Logf("%d records, pull done after %d; %d cuts", rec.end-rec.start, rec.done-rec.start, len(cuts))
-	t.Run("at", func(t *testing.T) {
-		for _, cut := range cuts {
-			name := fmt.Sprint(cut.At)
-			if cut.Torn {
-				name = fmt.Sprintf("%d torn %d", cut.At, cut.Seed)
+	ref := reg.Push(img, "cut")
+	for _, fsys := range []fileSystem{ext4, xfs} {
+		t.Run(fsys.name, func(t *testing.T) {
+			rec := record(t, fsys, reg, img, ref)
+			n := fsys.cuts
+			if *thorough {
+				n = cutCount
 			}
-			t.Run(name, func(t *testing.T) {
-				t.Parallel()
-				rec.check(t, cut)
-			})
-		}
-	})
+			cuts := chooseCuts(rec.disk.Log(t), rec.start, rec.end, n, seed)
+			t.Logf("%d records, pull done after %d; %d cuts", rec.end-rec.start, rec.done-rec.start, len(cuts))
+			for _, cut := range cuts {
+				name := fmt.Sprint(cut.At)
+				if cut.Torn {
+					name = fmt.Sprintf("%d torn %d", cut.At, cut.Seed)
+				}
+				t.Run(name, func(t *testing.T) {
+					t.Parallel()
+					rec.check(t, cut)
+				})
+			}
+		})
+	}
 }
 
-func record(t *testing.T, reg *harness.Registry, img *harness.Image, ref string) *recording {
+func record(t *testing.T, fsys fileSystem, reg *harness.Registry, img *harness.Image, ref string) *recording {
 	t.Helper()
-	rec := &recording{disk: forgetful.Open(t, diskSize), img: img, ref: ref}
-	mkfs(t, rec.disk.Device())
-	dir, unmount := forgetful.Mount(t, rec.disk.Device(), "ext4", ext4Options)
+	rec := &recording{fsys: fsys, disk: forgetful.Open(t, fsys.size), img: img, ref: ref}
+	mkfs(t, fsys, rec.disk.Device())
+	dir, unmount := forgetful.Mount(t, rec.disk.Device(), fsys.name, fsys.options)
 	defer unmount()
 	sync(t, dir)
 	rec.start = rec.disk.Mark(t)
@@ -143,7 +170,7 @@ func spread(all []int, n int) []int {
 
 func (rec *recording) check(t *testing.T, cut forgetful.Cut) {
 	device := forgetful.Loop(t, rec.disk.Materialize(t, cut))
-	dir, _ := forgetful.Mount(t, device, "ext4", ext4Options)
+	dir, _ := forgetful.Mount(t, device, rec.fsys.name, rec.fsys.options)
 	d := harness.Start(t, harness.Options{Root: filepath.Join(dir, "root")})
 
 	names := d.Images(t)

@@ -160,7 +160,7 @@ func sum(m map[digest.Digest]int64) (n int64) {
 func TestFullDisk(t *testing.T) {
 	harness.NeedRoot(t)
 	device := forgetful.Loop(t, forgetful.Memory(t, 64<<20))
-	mkfs(t, device)
+	mkfs(t, ext4, device)
 	dir, _ := forgetful.Mount(t, device, "ext4", "")
 	reg := harness.NewRegistry(t)
 	img := harness.NewImage(t, harness.Random(newSeed(t), 6)...)
