@@ -57,6 +57,9 @@ type Buffer struct {
 	mem [bufferSize]byte
 }
 
+// Bytes returns all of the memory, for whoever has another use for it.
+func (b *Buffer) Bytes() []byte { return b.mem[:] }
+
 // A Reader decodes a gzip stream: one member or several, one after the other,
 // whose contents follow each other. It has the checksum of each member
 // verified when it has delivered the last of its bytes, so these are tentative
@@ -95,7 +98,8 @@ func NewReader(r io.Reader) (*Reader, error) {
 	return z, nil
 }
 
-// Reset makes z as NewReader(r) would return it, with the same memory.
+// Reset makes z as NewReader(r) would return it, with the same memory. The zero
+// Reader may be Reset too.
 func (z *Reader) Reset(r io.Reader) error {
 	if z.own == nil {
 		z.own = new(Buffer)
@@ -111,10 +115,10 @@ func (z *Reader) Reset(r io.Reader) error {
 	return z.err
 }
 
-// Close makes z forget its reader, which it doesn't close, and its buffer. To
-// read z then is an error, until Reset.
+// Close makes z forget its reader, which it doesn't close. To read z then is an
+// error, until Reset, which finds the memory that z had.
 func (z *Reader) Close() error {
-	z.r, z.own, z.rest = nil, nil, nil
+	z.r, z.rest = nil, nil
 	z.err = fmt.Errorf("read gzip stream: %w", os.ErrClosed)
 	return nil
 }

@@ -28,7 +28,7 @@ func Apply(ctx context.Context, r io.Reader, mediaType string, to Emitter, limit
 	s := openStream(ctx, r, mediaType, limits)
 	defer func() {
 		s.close()
-		res.Times = s.clock.times()
+		res.Times = s.times()
 	}()
 	if err := to.begin(limits); err != nil {
 		return Result{}, err
@@ -53,6 +53,7 @@ func Apply(ctx context.Context, r io.Reader, mediaType string, to Emitter, limit
 // emit hands the archive's entries to the emitter.
 func emit(s *stream, to Emitter) error {
 	archive := tar.NewReader(s)
+	body := &content{s: s, archive: archive}
 	last := ""
 	for n := 1; ; n++ {
 		s.header = 0
@@ -71,13 +72,13 @@ func emit(s *stream, to Emitter) error {
 		if n > s.limits.Entries {
 			return fmt.Errorf("layer entry %q: %w", last, exceeded("more than %d entries", s.limits.Entries))
 		}
-		if err := emitOne(s, hdr, archive, to); err != nil {
+		if err := emitOne(s, hdr, body, to); err != nil {
 			return fmt.Errorf("layer entry %q: %w", last, err)
 		}
 	}
 }
 
-func emitOne(s *stream, hdr *tar.Header, body io.Reader, to Emitter) error {
+func emitOne(s *stream, hdr *tar.Header, body *content, to Emitter) error {
 	if err := s.ctx.Err(); err != nil {
 		return err
 	}
@@ -111,13 +112,56 @@ func emitOne(s *stream, hdr *tar.Header, body io.Reader, to Emitter) error {
 	if (e.kind == tar.TypeChar || e.kind == tar.TypeBlock) && inUserNamespace() {
 		return nil // the kernel allows no device nodes there
 	}
-	if e.sparse {
+	if body.sparse = e.sparse; e.sparse {
 		if err := s.hole(e.size); err != nil {
 			return err
 		}
 	}
 	return to.put(e, body)
 }
+
+// content is what the archive holds of the current entry.
+type content struct {
+	s       *stream
+	archive *tar.Reader
+	sparse  bool
+}
+
+func (c *content) Read(p []byte) (int, error) { return c.archive.Read(p) }
+
+// uncopied is what WriteTo has the archive read into. Nobody writes to it, so
+// it costs no memory.
+var uncopied [1 << 20]byte
+
+// WriteTo writes what is left to w, straight from the chunks: the archive's
+// reader thinks that it reads, but gets only the count. That works since for a
+// file without holes it hands its Read down as it is; of one with holes it
+// makes up a part itself, so that is copied.
+func (c *content) WriteTo(w io.Writer) (int64, error) {
+	if c.sparse {
+		return io.CopyBuffer(onlyWriter{w}, onlyReader{c.archive}, make([]byte, 64<<10))
+	}
+	c.s.sink, c.s.sunk = w, 0
+	defer func() { c.s.sink = nil }()
+	for n := int64(0); ; {
+		m, err := c.archive.Read(uncopied[:])
+		if n += int64(m); n != c.s.sunk {
+			return c.s.sunk, fmt.Errorf("%d bytes written where the archive has %d", c.s.sunk, n)
+		}
+		if err == io.EOF {
+			return n, nil
+		}
+		if err != nil {
+			return n, err
+		}
+	}
+}
+
+// onlyWriter and onlyReader keep io.CopyBuffer to the buffer that it is given.
+type (
+	onlyWriter struct{ io.Writer }
+	onlyReader struct{ io.Reader }
+)
 
 // brief keeps a hostile name from filling a log.
 func brief(name string) string {

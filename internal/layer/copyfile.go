@@ -76,11 +76,14 @@ func copyRange(src int, out *inroot.File, at, size int64) error {
 	return nil
 }
 
+// copySize is what is copied at once by reading and writing, in bytes.
+const copySize = 256 << 10
+
 // copyBytes is for file systems that don't copy within the kernel.
 func copyBytes(src int, out *inroot.File, at, size int64) error {
-	buf := make([]byte, chunkSize)
+	buf := make([]byte, copySize)
 	for size > 0 {
-		n, err := unix.Pread(src, buf[:min(size, chunkSize)], at)
+		n, err := unix.Pread(src, buf[:min(size, copySize)], at)
 		if errors.Is(err, unix.EINTR) {
 			continue
 		}

@@ -1,7 +1,6 @@
 package layer
 
 import (
-	"bufio"
 	"bytes"
 	"errors"
 	"fmt"
@@ -19,51 +18,68 @@ import (
 // program itself accepts unless told otherwise.
 const maxWindow = 128 << 20
 
-type nothingToClose struct{ io.Reader }
+// decoder makes the plain archive of the compressed one.
+type decoder struct {
+	// next decodes into b, as much as can be had without waiting for more than
+	// the first byte. The bytes lie in b; the last ones may come with an error,
+	// which is io.EOF at the end.
+	next  func(b *inflate.Buffer) ([]byte, error)
+	close func()
+}
 
-func (nothingToClose) Close() error { return nil }
-
-// decompress returns the plain archive. The media type must be one of a tar
+// decompress chooses the decoder. The media type must be one of a tar
 // archive; how that is compressed is told by its first bytes, since registries
 // hold layers whose type is wrong (the diffID, taken of what comes out, keeps
-// this honest).
-func decompress(r io.Reader, mediaType string) (io.ReadCloser, error) {
+// this honest). z is memory to decode gzip with.
+func decompress(r *ahead, z *inflate.Reader, mediaType string) (decoder, error) {
 	if !isTar(mediaType) {
-		return nil, fmt.Errorf("media type %q is not a tar archive that can be unpacked here: %w", mediaType, errdefs.ErrNotImplemented)
+		return decoder{}, fmt.Errorf("media type %q is not a tar archive that can be unpacked here: %w", mediaType, errdefs.ErrNotImplemented)
 	}
-	buffered := bufio.NewReaderSize(r, 64<<10)
-	head, err := buffered.Peek(512)
+	head, err := r.peek(512)
 	if err != nil && err != io.EOF {
-		return nil, fmt.Errorf("read layer: %w", err)
+		return decoder{}, fmt.Errorf("read layer: %w", err)
 	}
 	switch {
 	case len(head) >= 262 && string(head[257:262]) == "ustar":
-		return nothingToClose{buffered}, nil
+		return plain(r, func() {}), nil
 	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
-		z, err := inflate.NewReader(buffered)
-		if err != nil {
-			return nil, fmt.Errorf("read gzip header: %w", err)
-		}
-		return gzipReader{z}, nil
+		return gunzip(r, z)
 	case isZstd(head):
-		z, err := zstd.NewReader(buffered, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
+		z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
-			return nil, fmt.Errorf("read zstd header: %w", err)
+			return decoder{}, fmt.Errorf("read zstd header: %w", err)
 		}
-		return z.IOReadCloser(), nil
+		return plain(z, z.Close), nil
 	}
-	return nothingToClose{buffered}, nil
+	return plain(r, func() {}), nil
 }
 
-// gzipReader says where it was when no member began where one had to.
-type gzipReader struct{ *inflate.Reader }
-
-func (g gzipReader) Read(p []byte) (int, error) {
-	n, err := g.Reader.Read(p)
-	if errors.Is(err, inflate.ErrHeader) {
-		err = fmt.Errorf("behind the gzip content: %w", err)
+// plain takes what r returns.
+func plain(r io.Reader, close func()) decoder {
+	return decoder{
+		next: func(b *inflate.Buffer) ([]byte, error) {
+			n, err := r.Read(b.Bytes())
+			return b.Bytes()[:n], err
+		},
+		close: close,
 	}
-	return n, err
+}
+
+func gunzip(r io.Reader, z *inflate.Reader) (decoder, error) {
+	if err := z.Reset(r); err != nil {
+		z.Close()
+		return decoder{}, fmt.Errorf("read gzip header: %w", err)
+	}
+	return decoder{
+		next: func(b *inflate.Buffer) ([]byte, error) {
+			data, err := z.NextInto(b)
+			if errors.Is(err, inflate.ErrHeader) {
+				err = fmt.Errorf("behind the gzip content: %w", err)
+			}
+			return data, err
+		},
+		close: func() { z.Close() },
+	}, nil
 }
 
 // isZstd knows a zstd frame, and a skippable one, which may come first.

@@ -44,7 +44,7 @@ func Diff(ctx context.Context, w io.Writer, lower, upper string, opts DiffOption
 		written: make(map[string]struct{}),
 		names:   make(map[inode]string),
 		same:    make(map[inode][]string),
-		buf:     make([]byte, chunkSize),
+		buf:     make([]byte, copySize),
 	}
 	err = fs.Changes(ctx, lower, upper, func(kind fs.ChangeKind, name string, _ os.FileInfo, err error) error {
 		if err == nil {

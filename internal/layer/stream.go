@@ -6,94 +6,131 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/opencontainers/go-digest"
+
+	"github.com/holdfast-dev/holdfast/internal/inflate"
 )
 
-const (
-	chunkSize = 256 << 10
-	// chunks is how many chunks are between the decompressor and the writer.
-	chunks = 4
-)
+// chunks is how many chunks there are between the decoder and those who take
+// what it has decoded, at most.
+const chunks = 4
 
-// stream is the uncompressed archive. One goroutine decompresses ahead, into a
-// few chunks that go round; whoever reads hashes and counts.
+// stream is the uncompressed archive. The simple way, one goroutine that
+// reads, decodes, digests and writes in turn, leaves all cores but one idle
+// when an image is one large layer. So bytes pass through four:
+//
+//	ahead.run   reads; the network, the digest and the file of the blob are behind its Reads
+//	run         decodes into chunks
+//	digest      takes the diffID of the chunks
+//	Read        the emitter's own
+//
+// A chunk goes to digest and Read at once, and is free again when both are
+// done with it. The channels have room for all chunks, so only the decoder
+// ever waits for anybody behind it, and the memory is bounded: about 2 MiB.
 type stream struct {
 	ctx    context.Context // of the one Apply that it serves; Read has no parameter for it
 	limits Limits
 
-	compressed atomic.Int64 // bytes that the decompressor has taken
-	clock      clock
-	full, free chan []byte
-	failed     chan error    // why the goroutine ended, io.EOF if all is well
-	stop       chan struct{} // closed when no more is wanted
-	ended      chan struct{} // closed when the goroutine no longer reads
+	mem            *memory
+	ahead          *ahead
+	clock          clock
+	full, unhashed chan *chunk
+	free           chan *chunk
+	failed         chan error    // why the decoder ended, io.EOF if all is well
+	stop           chan struct{} // closed when no more is wanted
+	hashed         chan struct{} // closed when the decoder and digest have ended
+	sum            hash.Hash     // digest's until then
 
-	chunk, rest []byte // being read
-	err         error
-	sum         hash.Hash
-	size        int64
-	sparse      int64 // bytes of holes, which cost as if they were there
-	header      int64 // bytes of the current entry's headers; -1 outside of them
+	chunk  *chunk // being read
+	rest   []byte
+	sink   io.Writer // what Read passes the bytes to, if not nil
+	sunk   int64     // how many it has passed there
+	err    error
+	size   int64
+	sparse int64 // bytes of holes, which cost as if they were there
+	header int64 // bytes of the current entry's headers; -1 outside of them
 }
 
-// openStream begins to decompress r.
+// chunk is a piece of the archive.
+type chunk struct {
+	buf   inflate.Buffer
+	data  []byte
+	users atomic.Int32 // who still reads it
+}
+
+// memory is what the stages of one Apply work in: 1.8 MiB, and less for a
+// small layer, since chunks are made when they are needed.
+type memory struct {
+	slots  [slots]slot
+	gzip   inflate.Reader
+	chunks []*chunk
+}
+
+var memories = sync.Pool{New: func() any { return new(memory) }}
+
+// openStream begins to read and decode r.
 func openStream(ctx context.Context, r io.Reader, mediaType string, limits Limits) *stream {
+	mem := memories.Get().(*memory)
 	s := &stream{
-		ctx:    ctx,
-		limits: limits,
-		full:   make(chan []byte, chunks),
-		free:   make(chan []byte, chunks),
-		failed: make(chan error, 1),
-		stop:   make(chan struct{}),
-		ended:  make(chan struct{}),
-		sum:    sha256.New(),
-		header: -1,
+		ctx:      ctx,
+		limits:   limits,
+		mem:      mem,
+		ahead:    newAhead(r, &mem.slots),
+		full:     make(chan *chunk, chunks),
+		unhashed: make(chan *chunk, chunks),
+		free:     make(chan *chunk, chunks),
+		failed:   make(chan error, 1),
+		stop:     make(chan struct{}),
+		hashed:   make(chan struct{}),
+		sum:      sha256.New(),
+		header:   -1,
 	}
 	s.clock.begun = time.Now()
-	for range chunks {
-		s.free <- make([]byte, chunkSize)
+	for _, c := range mem.chunks {
+		s.free <- c
 	}
-	go s.run(r, mediaType)
+	go s.ahead.run()
+	go s.run(mediaType)
+	go s.digest()
 	return s
 }
 
-func (s *stream) run(r io.Reader, mediaType string) {
-	defer close(s.ended)
+// run decodes.
+func (s *stream) run(mediaType string) {
 	begun := time.Now()
-	z, err := decompress(timed{r, &s.compressed, &s.clock.source}, mediaType)
+	d, err := decompress(s.ahead, &s.mem.gzip, mediaType)
 	lap(&s.clock.inflate, begun)
 	if err == nil {
-		err = s.fill(z)
-		z.Close()
+		err = s.fill(d)
+		d.close()
 	}
 	s.failed <- err
 	close(s.full)
+	close(s.unhashed)
 }
 
-// fill decompresses until an error, which is io.EOF at the end.
-func (s *stream) fill(z io.Reader) error {
+// fill decodes until an error, which is io.EOF at the end.
+func (s *stream) fill(d decoder) error {
 	for {
-		var buf []byte
 		t := time.Now()
-		select {
-		case buf = <-s.free:
-		case <-s.stop:
+		c := s.room()
+		if c == nil {
 			return context.Canceled
 		}
 		t = lap(&s.clock.blocked, t)
-		n := 0
-		var err error
-		for n < len(buf) && err == nil {
-			var m int
-			m, err = z.Read(buf[n:])
-			n += m
-		}
+		data, err := d.next(&c.buf)
 		lap(&s.clock.inflate, t)
-		if n > 0 {
-			s.full <- buf[:n] // has room for every chunk
+		if len(data) > 0 {
+			c.data = data
+			c.users.Store(2)
+			s.full <- c
+			s.unhashed <- c
+		} else {
+			s.free <- c
 		}
 		if err != nil {
 			return err
@@ -101,28 +138,71 @@ func (s *stream) fill(z io.Reader) error {
 	}
 }
 
-// Read reads the uncompressed archive.
-func (s *stream) Read(p []byte) (int, error) {
+// room waits for a chunk to decode into; nil means stop.
+func (s *stream) room() *chunk {
+	select {
+	case c := <-s.free:
+		return c
+	default:
+	}
+	if len(s.mem.chunks) < chunks {
+		c := new(chunk)
+		s.mem.chunks = append(s.mem.chunks, c)
+		return c
+	}
+	select {
+	case c := <-s.free:
+		return c
+	case <-s.stop:
+		return nil
+	}
+}
+
+func (s *stream) digest() {
+	defer close(s.hashed)
+	for c := range s.unhashed {
+		begun := time.Now()
+		s.sum.Write(c.data)
+		lap(&s.clock.hash, begun)
+		s.release(c)
+	}
+}
+
+// release lets go of a chunk for one of its users.
+func (s *stream) release(c *chunk) {
+	if c.users.Add(-1) == 0 {
+		s.free <- c
+	}
+}
+
+// Read reads the uncompressed archive. With a sink the bytes go there, and p
+// only says how many.
+func (s *stream) Read(p []byte) (n int, err error) {
 	if len(s.rest) == 0 && s.err == nil {
 		s.err = s.next()
 	}
 	if len(s.rest) == 0 {
 		return 0, s.err
 	}
-	n := copy(p, s.rest)
+	if s.sink != nil {
+		n, err = s.sink.Write(s.rest[:min(len(p), len(s.rest))])
+		s.sunk += int64(n)
+	} else {
+		n = copy(p, s.rest)
+	}
 	s.rest = s.rest[n:]
 	if s.header >= 0 {
 		if s.header += int64(n); s.header > s.limits.HeaderBytes {
 			return 0, exceeded("headers of more than %d bytes", s.limits.HeaderBytes)
 		}
 	}
-	return n, nil
+	return n, err
 }
 
 // next takes the next chunk.
 func (s *stream) next() error {
 	if s.chunk != nil {
-		s.free <- s.chunk[:cap(s.chunk)]
+		s.release(s.chunk)
 		s.chunk = nil
 	}
 	if err := s.ctx.Err(); err != nil {
@@ -132,16 +212,13 @@ func (s *stream) next() error {
 	select {
 	case <-s.ctx.Done():
 		return s.ctx.Err()
-	case chunk, ok := <-s.full:
-		arrived := time.Now()
-		s.clock.starved += arrived.Sub(begun)
+	case c, ok := <-s.full:
+		s.clock.starved += time.Since(begun)
 		if !ok {
 			return <-s.failed
 		}
-		s.chunk, s.rest = chunk, chunk
-		s.sum.Write(chunk)
-		s.clock.hash += time.Since(arrived)
-		s.size += int64(len(chunk))
+		s.chunk, s.rest = c, c.data
+		s.size += int64(len(c.data))
 		return s.check(0)
 	}
 }
@@ -152,8 +229,8 @@ func (s *stream) check(more int64) error {
 	if total > s.limits.Size {
 		return exceeded("layer is larger than %d bytes uncompressed", s.limits.Size)
 	}
-	if total > s.limits.RatioFloor && total/s.limits.Ratio > s.compressed.Load() {
-		return exceeded("layer has more than %d times its compressed size of %d bytes so far", s.limits.Ratio, s.compressed.Load())
+	if total > s.limits.RatioFloor && total/s.limits.Ratio > s.ahead.compressed.Load() {
+		return exceeded("layer has more than %d times its compressed size of %d bytes so far", s.limits.Ratio, s.ahead.compressed.Load())
 	}
 	return nil
 }
@@ -183,16 +260,25 @@ func (s *stream) drain() error {
 	}
 }
 
+// diffID waits for the digest of all that was decoded; drain comes first.
 func (s *stream) diffID() digest.Digest {
+	begun := time.Now()
+	<-s.hashed
+	s.clock.starved += time.Since(begun)
 	return digest.NewDigest(digest.SHA256, s.sum)
 }
 
-// close ends the goroutine. It waits for a Read that is under way, so that the
+// close ends the goroutines. It waits for a Read that is under way, so that the
 // caller has r for itself again, but not when the context has ended.
 func (s *stream) close() {
 	close(s.stop)
-	select {
-	case <-s.ended:
-	case <-s.ctx.Done():
+	s.ahead.stop()
+	for _, ended := range []chan struct{}{s.ahead.ended, s.hashed} {
+		select {
+		case <-ended:
+		case <-s.ctx.Done():
+			return
+		}
 	}
+	memories.Put(s.mem)
 }

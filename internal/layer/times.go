@@ -1,27 +1,33 @@
 package layer
 
 import (
-	"io"
 	"sync/atomic"
 	"time"
 )
 
-// Times says what an Apply did with its time. Its two sides work at once:
-// Source, Inflate and Blocked are what the side that decompresses spent on
-// reading compressed bytes, on making others of them, and on waiting until
-// somebody wants those; Starved, Hash and Emit are what the side that writes
-// spent on waiting for bytes, on their digest, and on everything else.
+// Times says what an Apply did with its time. Its stages work at once:
+//
+//   - one reads compressed bytes, which takes Source;
+//   - one decodes: it waits for those bytes (Hungry), works (Inflate), and
+//     waits until there is room for more (Blocked), since somebody is slower;
+//   - one takes the digest of what was decoded, Hash;
+//   - one writes: it waits for decoded bytes (Starved), and Emit is the rest.
+//
+// Hungry, Inflate and Blocked follow one another, and so do Starved and Emit:
+// the sum of either is what the Apply took, but for the end of the slower one.
 type Times struct {
-	Source, Inflate, Blocked time.Duration
-	Starved, Hash, Emit      time.Duration
+	Source                   time.Duration
+	Hungry, Inflate, Blocked time.Duration
+	Hash                     time.Duration
+	Starved, Emit            time.Duration
 }
 
 // clock measures Times. The clock is read a few times for each chunk and not
 // for each entry: hundreds of nanoseconds for hundreds of kilobytes.
 type clock struct {
-	begun                    time.Time
-	source, inflate, blocked atomic.Int64 // ns; the decompressor may outlive the Apply
-	starved, hash            time.Duration
+	begun                  time.Time
+	inflate, blocked, hash atomic.Int64 // ns; their stages may outlive the Apply
+	starved                time.Duration
 }
 
 // lap adds the time since t to n and returns now.
@@ -31,29 +37,16 @@ func lap(n *atomic.Int64, t time.Time) time.Time {
 	return now
 }
 
-func (c *clock) times() Times {
-	source := time.Duration(c.source.Load())
+func (s *stream) times() Times {
+	c := &s.clock
+	hungry := time.Duration(s.ahead.hungry.Load())
 	return Times{
-		Source:  source,
-		Inflate: max(0, time.Duration(c.inflate.Load())-source), // it reads on the way
+		Source:  time.Duration(s.ahead.source.Load()),
+		Hungry:  hungry,
+		Inflate: max(0, time.Duration(c.inflate.Load())-hungry), // it waits on the way
 		Blocked: time.Duration(c.blocked.Load()),
+		Hash:    time.Duration(c.hash.Load()),
 		Starved: c.starved,
-		Hash:    c.hash,
-		Emit:    max(0, time.Since(c.begun)-c.starved-c.hash),
+		Emit:    max(0, time.Since(c.begun)-c.starved),
 	}
-}
-
-// timed counts what a decompressor reads, and for how long.
-type timed struct {
-	r    io.Reader
-	n    *atomic.Int64
-	took *atomic.Int64
-}
-
-func (t timed) Read(p []byte) (int, error) {
-	begun := time.Now()
-	n, err := t.r.Read(p)
-	lap(t.took, begun)
-	t.n.Add(int64(n))
-	return n, err
 }

@@ -35,7 +35,6 @@ type tree struct {
 	usage    Usage
 	files    int
 	bytes    int64
-	buf      []byte
 
 	few fewChanges
 }
@@ -56,7 +55,6 @@ func (t *tree) begin(limits Limits) error {
 	t.root = root
 	t.limits = limits
 	t.dirs = make(map[string]*dirTimes)
-	t.buf = make([]byte, chunkSize)
 	return nil
 }
 
@@ -227,7 +225,7 @@ func (t *tree) writeFile(real string, e *entry, body io.Reader) error {
 	if e.sparse {
 		to = &holeWriter{file: f}
 	}
-	n, err := io.CopyBuffer(onlyWriter{to}, onlyReader{body}, t.buf)
+	n, err := io.Copy(to, body)
 	if err != nil {
 		return err
 	}
@@ -339,12 +337,6 @@ func (h *holeWriter) Write(p []byte) (int, error) {
 	}
 	return done, nil
 }
-
-// onlyWriter and onlyReader keep io.CopyBuffer to the buffer that it is given.
-type (
-	onlyWriter struct{ io.Writer }
-	onlyReader struct{ io.Reader }
-)
 
 func isDir(st unix.Stat_t) bool { return st.Mode&unix.S_IFMT == unix.S_IFDIR }
 

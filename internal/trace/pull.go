@@ -124,7 +124,7 @@ func parts(row Span, p pull.Pass) (rows []Span) {
 		return rows
 	}
 	add(StageInflate, p.Times.Inflate, p.Unpacked, "")
-	rows[len(rows)-1].Starved = p.Times.Source
+	rows[len(rows)-1].Starved = p.Times.Hungry
 	add(StageVerify, p.Times.Hash, p.Unpacked, "")
 	add(StageEmit, p.Times.Emit, p.Unpacked, "")
 	return rows
