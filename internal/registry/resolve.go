@@ -9,6 +9,7 @@ import (
 	"io"
 	"mime"
 	"net/http"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -219,7 +220,8 @@ func documentType(data []byte) string {
 	return ""
 }
 
-// candidates lists the endpoints that may do what is needed, at least one.
+// candidates lists the endpoints that may do what is needed, at least one. Those that did not answer another session a
+// moment ago come last: none but they may be left, and they may be back.
 func (r *Repository) candidates(ctx context.Context, need hosts.Capability) (eps []*endpoint, err error) {
 	all, err := r.endpoints(ctx)
 	if err != nil {
@@ -233,7 +235,21 @@ func (r *Repository) candidates(ctx context.Context, need hosts.Capability) (eps
 	if len(eps) == 0 {
 		return nil, fmt.Errorf("no endpoint of %s has the capability %q: check its hosts.toml: %w", r.name.Host, need, errdefs.ErrNotFound)
 	}
+	slices.SortStableFunc(eps, func(a, b *endpoint) int { return r.isRemembered(a) - r.isRemembered(b) })
 	return eps, nil
+}
+
+// isRemembered is 1 for an endpoint that is down as far as other sessions know, and else 0.
+func (r *Repository) isRemembered(ep *endpoint) int {
+	if !r.isDown(ep) {
+		return 0
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.down[ep.key()] == errRemembered {
+		return 1
+	}
+	return 0
 }
 
 // choose says whether the i-th candidate is to be used, and whether one comes after it. A dead one is passed over only

@@ -34,6 +34,7 @@ type Server struct {
 	http *httptest.Server
 
 	mu       sync.Mutex
+	conns    map[net.Conn]struct{}
 	repos    map[string]*repository
 	faults   []*fault
 	requests []Request
@@ -84,11 +85,47 @@ func Start() *Server {
 	return s
 }
 
+// Serve starts a server that speaks HTTP on l, for those who want it elsewhere
+// than on loopback. The caller closes it.
+func Serve(l net.Listener) *Server {
+	s := newServer()
+	s.http.Listener.Close()
+	s.http.Listener = l
+	s.http.Start()
+	return s
+}
+
 func newServer() *Server {
-	s := &Server{repos: map[string]*repository{}}
+	s := &Server{repos: map[string]*repository{}, conns: map[net.Conn]struct{}{}}
 	s.http = httptest.NewUnstartedServer(http.HandlerFunc(s.serve))
 	s.http.Config.ErrorLog = discardLog
+	s.http.Config.ConnState = s.track
 	return s
+}
+
+func (s *Server) track(c net.Conn, state http.ConnState) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch state {
+	case http.StateNew:
+		s.conns[c] = struct{}{}
+	case http.StateClosed, http.StateHijacked:
+		delete(s.conns, c)
+	}
+}
+
+// Kill ends the server as the death of its process would: every connection is
+// reset, whatever is under way on it, and new ones are refused.
+func (s *Server) Kill() {
+	s.http.Listener.Close()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for c := range s.conns {
+		if tcp, ok := c.(*net.TCPConn); ok {
+			tcp.SetLinger(0)
+		}
+		c.Close()
+	}
 }
 
 // Close ends the server and every connection to it.

@@ -103,3 +103,28 @@ func TestAddressesWhereNobodyIs(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+func TestKill(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := Serve(l)
+	t.Cleanup(s.Close)
+	url := s.URL() + "/v2/r/blobs/" + s.PushBlob("r", make([]byte, 64<<20)).Digest.String()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if _, err := io.CopyN(io.Discard, resp.Body, 1000); err != nil {
+		t.Fatal(err)
+	}
+	s.Kill()
+	if _, err := io.Copy(io.Discard, resp.Body); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a body under way ends with %v", err)
+	}
+	if _, _, err := get(t, url); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("a new request ends with %v", err)
+	}
+}
