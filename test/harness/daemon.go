@@ -28,6 +28,7 @@ type Options struct {
 	Config string // the text of its config file; default: none
 	Fault  string // what to inject (package fault's Env); not "": the daemon is built with the tag `fault`
 	Env    []string
+	Enter  func() error // called on the thread that starts the daemon, to change what it inherits: a network namespace
 }
 
 // Deadlines of what a healthy daemon does at once.
@@ -98,8 +99,15 @@ func TryStart(t testing.TB, opts Options) (*Daemon, error) {
 	go func() {
 		// Pdeathsig comes when the thread that started the process ends, so that thread is kept.
 		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := d.cmd.Start()
+		var err error
+		if opts.Enter == nil {
+			defer runtime.UnlockOSThread()
+		} else {
+			err = opts.Enter() // nobody else gets the thread afterwards: it ends with this goroutine
+		}
+		if err == nil {
+			err = d.cmd.Start()
+		}
 		started <- err
 		if err == nil {
 			d.err = d.cmd.Wait()
@@ -197,6 +205,9 @@ func (d *Daemon) Ctl(args ...string) (string, error) {
 	}
 	return out.String(), nil
 }
+
+// PID returns the process's id.
+func (d *Daemon) PID() int { return d.cmd.Process.Pid }
 
 // Kill ends the daemon by SIGKILL and waits until it is gone.
 func (d *Daemon) Kill() {

@@ -1,0 +1,262 @@
+package e2e
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/opencontainers/go-digest"
+
+	"github.com/holdfast-dev/holdfast/internal/registry/registrytest"
+	"github.com/holdfast-dev/holdfast/test/harness"
+)
+
+// site is a daemon at one end of a line, and at the other a registry with a mirror before it.
+type site struct {
+	t              *testing.T
+	line           *line
+	shape          shape
+	origin, mirror *registrytest.Server
+	img            *harness.Image
+	d              *harness.Daemon
+	certs          string
+}
+
+const repository = "team/app"
+
+// newSite has both hosts serve an image of layers.
+func newSite(t *testing.T, s shape, layers ...harness.Layer) *site {
+	t.Helper()
+	harness.NeedRoot(t)
+	t.Parallel()
+	at := &site{t: t, shape: s, img: harness.NewImage(t, layers...), certs: harness.TempDir(t)}
+	at.line = newLine(t, s, 1)
+	at.origin = at.host(farAddress + ":0")
+	at.mirror = at.host(farAddress + ":0")
+	at.before(at.mirror.Host())
+	at.d = harness.Start(t, harness.Options{
+		Config: hostsConfig(at.certs), Enter: at.line.near.enter,
+		Env: []string{"NO_PROXY=*", "no_proxy=*"}, // a proxy could not be reached from there
+	})
+	t.Cleanup(func() { at.d.Stop(t) })
+	return at
+}
+
+// host starts one that has the image.
+func (s *site) host(address string) *registrytest.Server {
+	s.t.Helper()
+	srv := s.line.registry(s.t, address)
+	for dgst, body := range s.img.Blobs {
+		if dgst != s.img.Target.Digest {
+			srv.PushBlob(repository, body)
+		}
+	}
+	srv.PushManifest(repository, "1", s.img.Target.MediaType, s.img.Blobs[s.img.Target.Digest])
+	return srv
+}
+
+// before has mirrors asked before the registry. Whoever is dead costs a second at most.
+func (s *site) before(mirrors ...string) {
+	s.t.Helper()
+	text := fmt.Sprintf("server = 'http://%s'\ndial_timeout = '1s'\n", s.origin.Host())
+	for _, m := range mirrors {
+		text += fmt.Sprintf("[host.'http://%s']\ncapabilities = ['pull', 'resolve']\n", m)
+	}
+	write(s.t, filepath.Join(s.certs, s.origin.Host(), "hosts.toml"), text)
+}
+
+func (s *site) ref() string { return s.origin.Host() + "/" + repository + ":1" }
+
+// pull pulls the image, which must end within so long.
+func (s *site) pull(within time.Duration) result {
+	s.t.Helper()
+	begun := time.Now()
+	res := holdfast(s.t, s.d.Socket, "pull", s.ref())
+	took := time.Since(begun)
+	s.t.Logf("exit code %d after %s", res.code, took.Round(time.Millisecond))
+	if took > within {
+		s.t.Errorf("the pull took %s, more than %s", took, within)
+	}
+	return res
+}
+
+// mustPull pulls the image, which must then be here, whole.
+func (s *site) mustPull(within time.Duration) {
+	s.t.Helper()
+	s.pull(within).wants(s.t, 0, s.ref())
+	whole(s.t, s.d)
+	checkTree(s.t, s.d, "overlayfs", s.img)
+}
+
+// mustFail pulls the image, which must fail with an error that says all of parts, and leave a whole store.
+func (s *site) mustFail(within time.Duration, parts ...string) {
+	s.t.Helper()
+	s.pull(within).wants(s.t, 1, parts...)
+	whole(s.t, s.d)
+	if images := s.d.Images(s.t); len(images) > 0 {
+		s.t.Errorf("after a failed pull there are images %v", images)
+	}
+}
+
+// mustResume pulls an image of one layer that a first pull has got a part of.
+func (s *site) mustResume(within time.Duration) {
+	s.t.Helper()
+	var kept int64
+	for _, st := range s.d.Ingests(s.t) {
+		if strings.Contains(st.Ref, string(s.layer())) {
+			kept = max(kept, st.Offset)
+		}
+	}
+	if kept == 0 {
+		s.t.Error("nothing is kept of the layer that was cut off")
+	}
+	s.origin.Forget()
+	s.mirror.Forget()
+	s.mustPull(within)
+	if sent := s.sent(s.origin) + s.sent(s.mirror); sent > s.img.LayerBytes()-kept {
+		s.t.Errorf("%d bytes of a layer of %d were kept, and then %d sent", kept, s.img.LayerBytes(), sent)
+	}
+}
+
+// layer is the image's first.
+func (s *site) layer() digest.Digest { return s.img.Layers[0].Digest }
+
+// sent is how many bytes of the first layer a host has sent, or given to TCP to be sent.
+func (s *site) sent(srv *registrytest.Server) int64 { return srv.Bytes(s.layer().String()) }
+
+// noisy is a layer of one file of so many bytes, which don't compress.
+func noisy(seed byte, size int) harness.Layer {
+	body := make([]byte, size)
+	rand.NewChaCha8([32]byte{seed}).Read(body)
+	dir := fmt.Sprintf("noise%d", seed)
+	return harness.Layer{harness.Dir(dir), harness.File(dir+"/body", body), harness.Symlink(dir+"/link", "body")}
+}
+
+const mebi = 1 << 20
+
+// TestShapedLine: a large layer and small ones come through 50 Mbit/s and 40 ms in not much more time than the line needs.
+func TestShapedLine(t *testing.T) {
+	s := newSite(t, slowLine, append([]harness.Layer{noisy(1, 40*mebi)}, harness.Random(1, 4)...)...)
+	s.before() // no mirror
+	least := slowLine.takes(s.img.LayerBytes())
+	begun := time.Now()
+	s.mustPull(3*least + 5*time.Second)
+	if took := time.Since(begun); took < least {
+		t.Errorf("%s is less than the %s that the line needs: it is not shaped", took, least)
+	}
+	if n := s.origin.Bytes("/blobs/"); n > s.img.LayerBytes()+mebi {
+		t.Errorf("%d bytes were sent of layers of %d", n, s.img.LayerBytes())
+	}
+	t.Logf("%d requests for the large layer", s.origin.Count(s.layer().String()))
+}
+
+// TestLossyLine: lost packets cost time and nothing else.
+func TestLossyLine(t *testing.T) {
+	for _, percent := range []float64{1, 2} {
+		t.Run(fmt.Sprint(percent), func(t *testing.T) {
+			s := newSite(t, slowLine.lossy(percent/100), harness.Random(2, 3)...)
+			s.before()
+			s.mustPull(30 * time.Second)
+			if n := s.origin.Bytes("/blobs/"); n > s.img.LayerBytes()+mebi {
+				t.Errorf("%d bytes were sent of layers of %d", n, s.img.LayerBytes())
+			}
+		})
+	}
+}
+
+// dies kills a host when so much of the first layer is on its way.
+func (s *site) dies(srv *registrytest.Server, after int64) (dead chan struct{}) {
+	srv.Fault(s.layer().String(), registrytest.Fault{Trickle: 1, Piece: 32 << 10}) // so that what is sent gets counted as it goes
+	dead = make(chan struct{})
+	go func() {
+		defer close(dead)
+		for s.sent(srv) < after && s.t.Context().Err() == nil {
+			time.Sleep(5 * time.Millisecond)
+		}
+		srv.Kill()
+	}()
+	return dead
+}
+
+// TestMirrorDies: a mirror that dies while it sends a layer is replaced by the registry, which sends what is missing. If
+// that is dead too the error names the mirror, and what came is not fetched again.
+func TestMirrorDies(t *testing.T) {
+	const size = 8 * mebi
+	for _, how := range []string{"process", "reset"} {
+		t.Run(how, func(t *testing.T) {
+			s := newSite(t, slowLine, noisy(2, size))
+			if how == "process" {
+				s.dies(s.mirror, size/2)
+			} else {
+				s.mirror.Fault(s.layer().String(), registrytest.Fault{Drop: true})
+				s.mirror.Fault(s.layer().String(), registrytest.Fault{Reset: true, At: size / 2, Times: 1})
+			}
+			s.mustPull(10 * time.Second)
+			if from := s.sent(s.origin); from == 0 || from == s.img.LayerBytes() {
+				t.Errorf("the registry has sent %d of %d bytes", from, s.img.LayerBytes())
+			}
+		})
+	}
+	t.Run("registry dead", func(t *testing.T) {
+		s := newSite(t, slowLine, noisy(3, size))
+		s.origin.Kill()
+		address := s.mirror.Host()
+		dead := s.dies(s.mirror, size*3/4)
+		s.mustFail(15*time.Second, address, s.layer().String())
+		<-dead
+		s.mirror = s.host(address)
+		s.mustResume(15 * time.Second)
+	})
+}
+
+// TestMirrorLies: a mirror that sends other bytes than it should costs no more than what it has sent. If there is nobody
+// else the error names it.
+func TestMirrorLies(t *testing.T) {
+	const size = 2 * mebi
+	for name, lies := range map[string][]registrytest.Fault{
+		"wrong bytes":         {{Corrupt: true, At: size / 2}},
+		"another blob":        {{Replace: make([]byte, size)}},
+		"truncated":           {{Truncate: true, At: 1000}},
+		"truncated, no range": {{Truncate: true, At: size / 2, IgnoreRange: true}},
+		"another range":       {{WrongRange: true}, {Truncate: true, At: size / 2, Times: 1}},
+		"longer":              {{Excess: []byte("more")}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, slowLine, noisy(4, size))
+			for _, f := range lies {
+				s.mirror.Fault("GET /v2/"+repository+"/blobs/"+s.layer().String(), f)
+			}
+			down := s.origin.Host()
+			s.origin.Kill()
+			s.mustFail(15*time.Second, s.mirror.Host(), s.layer().String())
+			s.origin = s.host(down)
+			s.mustPull(15 * time.Second)
+		})
+	}
+}
+
+// TestMirrorHangs: a mirror that doesn't take connections costs a second. If the registry doesn't either, the error names
+// it, and a mirror that does is enough.
+func TestMirrorHangs(t *testing.T) {
+	s := newSite(t, slowLine, noisy(5, mebi))
+	s.before(nowhere+":80", s.mirror.Host())
+	s.mustPull(5 * time.Second)
+	if s.sent(s.origin) > 0 {
+		t.Error("the registry was asked before the second mirror")
+	}
+	lost := nowhere + ":81"
+	hangs := fmt.Sprintf("server = 'http://%s'\ndial_timeout = '1s'\n[host.'http://%s:80']\n", lost, nowhere)
+	file := filepath.Join(s.certs, lost, "hosts.toml")
+	write(t, file, hangs)
+	begun := time.Now()
+	holdfast(t, s.d.Socket, "pull", lost+"/"+repository+":1").wants(t, 1, lost, "no connection within 1s", nowhere+":80")
+	if took := time.Since(begun); took > 5*time.Second {
+		t.Errorf("nobody takes connections, and the pull gives up after %s", took)
+	}
+	write(t, file, hangs+fmt.Sprintf("[host.'http://%s']\n", s.mirror.Host()))
+	holdfast(t, s.d.Socket, "pull", lost+"/"+repository+":1").wants(t, 0, lost)
+	whole(t, s.d)
+}
