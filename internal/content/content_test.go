@@ -495,6 +495,32 @@ func TestTruncateBeginsAnew(t *testing.T) {
 	}
 }
 
+func TestTakeBack(t *testing.T) {
+	s := open(t, t.TempDir())
+	dgst := put(t, s, "all of it")
+	if err := s.TakeBack(digest.FromString("absent"), "ref"); !errdefs.IsNotFound(err) {
+		t.Errorf("absent: %v, want ErrNotFound", err)
+	}
+	w := writer(t, s, "other", WriterOptions{})
+	w.Close()
+	if err := s.TakeBack(dgst, "other"); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("into an ingest with bytes: %v, want ErrAlreadyExists", err)
+	}
+	if err := s.TakeBack(dgst, "ref"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Info(dgst); !errdefs.IsNotFound(err) {
+		t.Errorf("blob: %v, want ErrNotFound", err)
+	}
+	w = writer(t, s, "ref", WriterOptions{Expected: dgst})
+	if st, err := w.Status(); err != nil || st.Offset != 9 || st.Total != 9 || w.Digest() != dgst {
+		t.Errorf("%+v, %s, %v", st, w.Digest(), err)
+	}
+	if err := w.Commit(t.Context(), 9, dgst, CommitOptions{}); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestAbort(t *testing.T) {
 	s := open(t, t.TempDir())
 	if err := s.Abort("ref"); !errdefs.IsNotFound(err) {

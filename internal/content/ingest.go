@@ -197,6 +197,51 @@ func (s *Store) sweepIngests() error {
 	return nil
 }
 
+// TakeBack makes the blob dgst the ingest of ref again, with all its bytes,
+// for who has found that nothing names the blob and that ref was to become it:
+// it died between the commit and the record. The bytes count as unverified from now
+// on. ErrNotFound if there is no such blob, ErrAlreadyExists if the ingest has
+// bytes of its own.
+func (s *Store) TakeBack(dgst digest.Digest, ref string) error {
+	info, err := s.Info(dgst)
+	if err != nil {
+		return fmt.Errorf("take back blob: %w", err)
+	}
+	if _, err := s.lock(ref, math.MaxInt); err != nil {
+		return fmt.Errorf("take back blob %s: %w", dgst, err)
+	}
+	defer s.unlock(ref)
+	in := s.ingest(ref)
+	if err := in.takeBack(s.blobPath(dgst), ref, info); err != nil {
+		return fmt.Errorf("take back blob %s: %w", dgst, err)
+	}
+	return nil
+}
+
+// takeBack describes the ingest before it gets its bytes: a crash on the way
+// leaves the blob in its place.
+func (in ingest) takeBack(blob, ref string, info Info) error {
+	if _, err := os.Lstat(in.path(dataFile)); err == nil {
+		return fmt.Errorf("ingest %s has bytes: %w", clip(ref), errdefs.ErrAlreadyExists)
+	}
+	if err := os.Mkdir(string(in), 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	err := errors.Join(
+		os.WriteFile(in.path(refFile), []byte(ref), 0o666),
+		in.writeTime(startedFile, info.Created),
+		in.writeTime(updatedFile, info.Created),
+		in.writeTotal(info.Size),
+	)
+	if err != nil {
+		return err
+	}
+	if err := fault.Point("content.takeback.described"); err != nil {
+		return err
+	}
+	return os.Rename(blob, in.path(dataFile))
+}
+
 // Abort removes the ingest of ref, or returns ErrNotFound. If it is being
 // written, its Writer is closed first, and fails with ErrAborted from then on;
 // if it is being opened, which may mean minutes of hashing, ErrUnavailable.

@@ -26,7 +26,10 @@ func storeLife(t *testing.T, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, data := range []string{"kept", "removed"} {
+	if err := s.Abort("aborted"); err != nil && !errdefs.IsNotFound(err) {
+		t.Fatal(err)
+	}
+	for _, data := range []string{"kept", "removed", "taken back"} {
 		w := writer(t, s, data, WriterOptions{Total: int64(len(data))})
 		write(t, w, data[w.Offset():])
 		err := w.Commit(t.Context(), int64(len(data)), digest.FromString(data), CommitOptions{})
@@ -37,7 +40,9 @@ func storeLife(t *testing.T, dir string) {
 	if err := s.Remove(digest.FromString("removed")); err != nil {
 		t.Fatal(err)
 	}
-	writer(t, s, "aborted", WriterOptions{}).Close()
+	if err := s.TakeBack(digest.FromString("taken back"), "aborted"); err != nil {
+		t.Fatal(err)
+	}
 	if err := s.Abort("aborted"); err != nil {
 		t.Fatal(err)
 	}

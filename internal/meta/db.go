@@ -193,5 +193,5 @@ func (db *DB) Close() error {
 	return nil
 }
 
-// Recovered has one line for each thing that Open dropped or removed.
+// Recovered has one line for each thing that Open dropped, removed or took back.
 func (db *DB) Recovered() []string { return slices.Clone(db.recovered) }

@@ -2,7 +2,9 @@ package meta
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"regexp"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -22,6 +24,8 @@ import (
 //     Records of drivers that aren't configured are left alone.
 //   - An ingest's record whose bytes are missing stays until it expires:
 //     its writer may come yet. But one that counts on a blob which is gone is dropped.
+//   - A blob that no record names yet, and that a recorded ingest was to become, is made that ingest
+//     again: what was fetched and verified isn't fetched twice.
 //   - Bytes that no record names are removed (inv 2).
 //
 // A file with nothing to drop isn't written. Digests aren't checked here; that is fsck's.
@@ -32,6 +36,9 @@ func (db *DB) recover(ctx context.Context) error {
 	}
 	if err := db.dropLost(lost); err != nil {
 		return fmt.Errorf("drop records whose bytes are gone: %w", err)
+	}
+	if err := db.takeBack(); err != nil {
+		db.log.Warn("keep blobs that were about to be recorded", "error", err) // they can be fetched again
 	}
 	db.dirt.add(keyContent)
 	for name := range db.drivers {
@@ -63,6 +70,49 @@ func (db *DB) checkFresh(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// digestInRef finds what an ingest is to become: clients put the digest into
+// the ref, as in `layer-sha256:...` (oci.Key).
+var digestInRef = regexp.MustCompile(`\bsha(256|384|512):[0-9a-f]+`)
+
+// takeBack makes ingests again of blobs whose Writer came to Seal and not to RecordBlob.
+func (db *DB) takeBack() error {
+	var errs firstError
+	var blobs []digest.Digest
+	for info, err := range db.blobs.Blobs() {
+		if !errs.note(err) {
+			blobs = append(blobs, info.Digest)
+		}
+	}
+	unnamed, _, err := db.unnamedContent(blobs, nil)
+	if err != nil || len(unnamed) == 0 {
+		return errors.Join(err, errs.err)
+	}
+	refs := make(map[digest.Digest][]string) // of the ingests, in the content store
+	err = db.bolt.View(func(btx *bolt.Tx) error {
+		for _, ns := range root(btx, nil).subs() {
+			for ref, b := range ns.sub(keyContent, keyIngests).subs() {
+				dgst := digest.Digest(digestInRef.FindString(ref))
+				refs[dgst] = append(refs[dgst], b.text(keyRef))
+			}
+		}
+		return nil
+	})
+	errs.note(err)
+	for _, dgst := range unnamed {
+		for _, ref := range refs[dgst] {
+			err := db.blobs.TakeBack(dgst, ref)
+			if errdefs.IsAlreadyExists(err) {
+				continue // it was written twice
+			}
+			if !errs.note(err) {
+				db.recovered = append(db.recovered, fmt.Sprintf("blob %s: was about to be recorded: an ingest again", dgst))
+			}
+			break
+		}
+	}
+	return errs.err
 }
 
 // lost is what records promise and the stores don't have.

@@ -76,6 +76,36 @@ func TestBytesWithoutRecord(t *testing.T) {
 	h.said()
 }
 
+// TestSealedWithoutRecord: a blob in its place whose record didn't come is an
+// ingest again, for whoever was writing it.
+func TestSealedWithoutRecord(t *testing.T) {
+	h := newHouse(t, Options{})
+	sp := lease(t, h.Space("ns"), "l")
+	body := []byte("all of it")
+	dgst := digest.FromBytes(body)
+	ref := oci.Key(oci.Descriptor{MediaType: "application/vnd.oci.image.layer.v1.tar", Digest: dgst})
+	w := open(t, sp, ref, WriterOptions{Total: int64(len(body)), Expected: dgst})
+	must[int](t)(w.Write(body))
+	_, release, err := w.Seal(t.Context(), int64(len(body)), dgst, content.CommitOptions{})
+	ok(t, err)
+	release()
+	equalStrings(t, h.files(), string(dgst))
+
+	h.reopen(nil)
+	h.said("blob " + string(dgst) + ": was about to be recorded")
+	equalStrings(t, h.files())
+	equalStrings(t, refs(t, h), "ns/1/"+ref)
+	sp = h.Space("ns").Leased("l")
+	w = open(t, sp, ref, WriterOptions{Total: int64(len(body)), Expected: dgst})
+	if st := must[content.Status](t)(w.Status()); st.Offset != int64(len(body)) {
+		t.Errorf("%d bytes are left of %d", st.Offset, len(body))
+	}
+	ok(t, w.Commit(t.Context(), int64(len(body)), dgst, nil))
+	equalStrings(t, h.files(), string(dgst))
+	h.reopen(nil)
+	h.said()
+}
+
 // TestRecordWithoutBytes: what was promised and is gone.
 func TestRecordWithoutBytes(t *testing.T) {
 	h := newHouse(t, Options{})
