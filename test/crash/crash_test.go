@@ -16,6 +16,7 @@ import (
 	"testing"
 
 	leases "github.com/containerd/containerd/api/services/leases/v1"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/holdfast-dev/holdfast/test/crash/forgetful"
 	"github.com/holdfast-dev/holdfast/test/harness"
@@ -106,6 +107,36 @@ func checkHeld(t *testing.T, d *harness.Daemon) {
 	}
 }
 
+// checkRecorded checks that nothing lies on disk without a record.
+func checkRecorded(t *testing.T, d *harness.Daemon) {
+	t.Helper()
+	recorded := d.Blobs(t)
+	for _, name := range entries(t, d, filepath.Join(harness.BlobsDir, "sha256")) {
+		if _, ok := recorded[digest.NewDigestFromEncoded(digest.SHA256, name)]; !ok {
+			t.Errorf("blob %s has no record", name)
+		}
+	}
+	if have, want := entries(t, d, harness.IngestDir), d.Ingests(t); len(have) != len(want) {
+		t.Errorf("%d ingests on disk, %d recorded", len(have), len(want))
+	}
+	if have, want := entries(t, d, harness.OverlayDir), d.Snapshots(t, snapshotter); len(have) != len(want) {
+		t.Errorf("%d snapshots on disk, %d recorded", len(have), len(want))
+	}
+}
+
+// entries returns the names in a directory below the daemon's root, none if there is no such.
+func entries(t *testing.T, d *harness.Daemon, dir string) (names []string) {
+	t.Helper()
+	list, err := os.ReadDir(filepath.Join(d.Root, dir))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	for _, entry := range list {
+		names = append(names, entry.Name())
+	}
+	return names
+}
+
 // dropAll removes every image and lease, collects, and checks that nothing is left on disk.
 func dropAll(t *testing.T, d *harness.Daemon) {
 	t.Helper()
@@ -137,12 +168,8 @@ func dropLeases(t *testing.T, d *harness.Daemon) {
 func checkEmpty(t *testing.T, d *harness.Daemon) {
 	t.Helper()
 	for _, dir := range []string{harness.BlobsDir + "/sha256", harness.IngestDir, harness.OverlayDir, harness.NativeDir, harness.TrashDir, harness.TmpmountDir} {
-		entries, err := os.ReadDir(filepath.Join(d.Root, dir))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Error(err)
-		}
-		for _, entry := range entries {
-			t.Errorf("left behind: %s/%s", dir, entry.Name())
+		for _, name := range entries(t, d, dir) {
+			t.Errorf("left behind: %s/%s", dir, name)
 		}
 	}
 	mounts, err := os.ReadFile("/proc/self/mountinfo")

@@ -142,7 +142,7 @@ func keptBytes(t *testing.T, root string, img *harness.Image) map[digest.Digest]
 				continue
 			}
 			if info, err := os.Stat(filepath.Join(filepath.Dir(file), "data")); err == nil {
-				kept[dgst] += info.Size()
+				kept[dgst] = max(kept[dgst], info.Size())
 			}
 		}
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	content "github.com/containerd/containerd/api/services/content/v1"
@@ -156,6 +157,15 @@ func (s *script) killPull(ctx context.Context) error {
 
 // litter puts what crashes of any kind may leave between a stopped daemon and the next start.
 func (s *script) litter(ctx context.Context) error {
+	leased, _, err := s.daemon.Leased(ctx)
+	if err != nil {
+		return err
+	}
+	sealed := []byte("sealed")
+	ref := "layer-" + digest.FromBytes(sealed).String()
+	if err := write(leased, content.NewContentClient(s.daemon.Conn), []*content.WriteContentRequest{{Action: content.WriteAction_WRITE, Ref: ref, Data: sealed}}); err != nil {
+		return err
+	}
 	s.stopped = true
 	s.daemon.Stop(s.t)
 	stray := digest.FromString("stray")
@@ -176,7 +186,28 @@ func (s *script) litter(ctx context.Context) error {
 	if err := os.WriteFile(file, []byte("stray"), 0o444); err != nil {
 		return err
 	}
+	if err := s.seal(ref, digest.FromBytes(sealed)); err != nil {
+		return err
+	}
 	return s.start(ctx)
+}
+
+// seal moves an ingest's bytes to a blob's place, as a commit does just before it makes the record.
+func (s *script) seal(ref string, dgst digest.Digest) error {
+	files, err := filepath.Glob(filepath.Join(s.opts.Root, harness.IngestDir, "*", "ref"))
+	if err != nil {
+		return err
+	}
+	for _, file := range files {
+		body, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		if strings.HasSuffix(string(body), "/"+ref) {
+			return os.Rename(filepath.Join(filepath.Dir(file), "data"), filepath.Join(s.opts.Root, harness.BlobsDir, "sha256", dgst.Encoded()))
+		}
+	}
+	return fmt.Errorf("no ingest %s on disk", ref)
 }
 
 // snapshots walks the life of a snapshot over the unpacked image, and writes a layer into one and makes one from it.

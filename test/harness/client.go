@@ -69,29 +69,58 @@ func (d *Daemon) Images(t testing.TB) map[string]digest.Digest {
 	return names
 }
 
-// VerifyBlobs reads the file of every blob that Namespace has a record of.
-func (d *Daemon) VerifyBlobs(t testing.TB) error {
+// Blobs returns the size of every blob that Namespace has a record of, in bytes.
+func (d *Daemon) Blobs(t testing.TB) map[digest.Digest]int64 {
 	t.Helper()
 	stream, err := content.NewContentClient(d.Conn).List(Context(t), new(content.ListContentRequest))
 	if err != nil {
-		return fmt.Errorf("list content: %w", err)
+		t.Fatalf("list content: %v", err)
+	}
+	sizes := make(map[digest.Digest]int64)
+	for {
+		reply, err := stream.Recv()
+		if errors.Is(err, io.EOF) {
+			return sizes
+		} else if err != nil {
+			t.Fatalf("list content: %v", err)
+		}
+		for _, info := range reply.Info {
+			sizes[digest.Digest(info.Digest)] = info.Size
+		}
+	}
+}
+
+// VerifyBlobs reads the file of every blob that Namespace has a record of.
+func (d *Daemon) VerifyBlobs(t testing.TB) error {
+	t.Helper()
+	for dgst, size := range d.Blobs(t) {
+		body, err := os.ReadFile(filepath.Join(d.Root, BlobsDir, dgst.Algorithm().String(), dgst.Encoded()))
+		if err != nil {
+			return fmt.Errorf("blob %s has a record: %w", dgst, err)
+		}
+		if int64(len(body)) != size || digest.FromBytes(body) != dgst {
+			return fmt.Errorf("blob %s is wrong on disk: %d bytes of %d", dgst, len(body), size)
+		}
+	}
+	return nil
+}
+
+// Snapshots returns the names and keys that Namespace has records of.
+func (d *Daemon) Snapshots(t testing.TB, snapshotter string) (names []string) {
+	t.Helper()
+	stream, err := snapshots.NewSnapshotsClient(d.Conn).List(Context(t), &snapshots.ListSnapshotsRequest{Snapshotter: snapshotter})
+	if err != nil {
+		t.Fatalf("list snapshots: %v", err)
 	}
 	for {
 		reply, err := stream.Recv()
 		if errors.Is(err, io.EOF) {
-			return nil
+			return names
 		} else if err != nil {
-			return fmt.Errorf("list content: %w", err)
+			t.Fatalf("list snapshots: %v", err)
 		}
 		for _, info := range reply.Info {
-			dgst := digest.Digest(info.Digest)
-			body, err := os.ReadFile(filepath.Join(d.Root, BlobsDir, dgst.Algorithm().String(), dgst.Encoded()))
-			if err != nil {
-				return fmt.Errorf("blob %s has a record: %w", dgst, err)
-			}
-			if int64(len(body)) != info.Size || digest.FromBytes(body) != dgst {
-				return fmt.Errorf("blob %s is wrong on disk: %d bytes of %d", dgst, len(body), info.Size)
-			}
+			names = append(names, info.Name)
 		}
 	}
 }
