@@ -159,52 +159,94 @@ func sum(m map[digest.Digest]int64) (n int64) {
 // TestFullDisk pulls an image for which there is no room, then makes room.
 func TestFullDisk(t *testing.T) {
 	harness.NeedRoot(t)
-	device := forgetful.Loop(t, forgetful.Memory(t, 64<<20))
-	mkfs(t, ext4, device)
-	dir, _ := forgetful.Mount(t, device, "ext4", "")
-	reg := harness.NewRegistry(t)
-	img := harness.NewImage(t, harness.Random(newSeed(t), 6)...)
-	ref := reg.Push(img, "big")
-	d := harness.Start(t, harness.Options{Root: filepath.Join(dir, "root")})
+	layers := harness.Random(newSeed(t), 6)
+	for _, filled := range []struct {
+		when string
+		left int64 // percent of the layers' bytes
+		// during fills the disk when half of the layers is here: no look
+		// at the room in advance can save that pull.
+		during bool
+	}{
+		{when: "before", left: 100},
+		{when: "before, for all but the last of it", left: 130},
+		{when: "midway", left: 10, during: true},
+		{when: "midway, to the last byte", left: 0, during: true},
+	} {
+		t.Run(filled.when, func(t *testing.T) {
+			t.Parallel()
+			device := forgetful.Loop(t, forgetful.Memory(t, 64<<20))
+			mkfs(t, ext4, device)
+			dir, _ := forgetful.Mount(t, device, ext4.name, "")
+			reg := harness.NewRegistry(t)
+			img := harness.NewImage(t, layers...)
+			ref := reg.Push(img, "big")
+			d := harness.Start(t, harness.Options{Root: filepath.Join(dir, "root")})
 
-	filler := filepath.Join(dir, "filler")
-	fill(t, dir, filler, img.LayerBytes())
-	before := free(t, dir)
-	err := d.Pull(ref)
-	if err == nil {
-		t.Fatalf("a pull of %d bytes and as much unpacked succeeded with %d free", img.LayerBytes(), before)
-	}
-	if !strings.Contains(err.Error(), "space") {
-		t.Errorf("the error does not speak of space: %v", err)
-	}
-	checkStore(t, d)
-	checkHeld(t, d)
-	dropLeases(t, d)
-	checkEmpty(t, d)
-	sync(t, dir)
-	if lost := before - free(t, dir); lost > dbGrowth {
-		t.Errorf("%d bytes are gone after the failed pull", lost)
-	}
+			before := free(t, dir)
+			filler := filepath.Join(dir, "filler")
+			leave := img.LayerBytes() * filled.left / 100
+			if !filled.during {
+				fill(t, filler, before-leave)
+			}
+			err := pullHeld(t, d, reg, ref, img.LayerBytes()/2, func() {
+				if filled.during {
+					fill(t, filler, free(t, dir)-leave)
+				}
+			})
+			if err == nil {
+				t.Fatalf("a pull of %d bytes and as much unpacked succeeded with %d free", img.LayerBytes(), leave)
+			}
+			if !strings.Contains(err.Error(), "space") && !strings.Contains(err.Error(), "room") {
+				t.Errorf("the error does not speak of space: %v", err)
+			}
+			t.Logf("%d bytes were sent before it failed", sum(reg.Served()))
+			checkStore(t, d)
+			checkHeld(t, d)
+			dropLeases(t, d)
+			checkEmpty(t, d)
 
-	if err := os.Remove(filler); err != nil {
-		t.Fatal(err)
+			if err := os.Remove(filler); err != nil {
+				t.Fatal(err)
+			}
+			sync(t, dir)
+			if lost := before - free(t, dir); lost > dbGrowth {
+				t.Errorf("%d bytes are gone after the failed pull", lost)
+			}
+			pull(t, d, img, ref)
+			d.Stop(t)
+		})
 	}
-	pull(t, d, img, ref)
-	d.Stop(t)
+}
+
+// pullHeld pulls, and does something when so many bytes of blobs were sent, if it comes to that.
+func pullHeld(t *testing.T, d *harness.Daemon, reg *harness.Registry, ref string, after int64, do func()) error {
+	t.Helper()
+	reached := reg.Hold(after)
+	ended := make(chan error, 1)
+	go func() { ended <- d.Pull(ref) }()
+	select {
+	case <-reached:
+		do()
+		reg.Release()
+		return <-ended
+	case err := <-ended:
+		reg.Release()
+		return err
+	}
 }
 
 // dbGrowth bounds what the databases may have grown by, in bytes.
 const dbGrowth = 2 << 20
 
-// fill leaves so many bytes free.
-func fill(t *testing.T, dir, filler string, leave int64) {
+// fill makes a file of so many bytes.
+func fill(t *testing.T, file string, size int64) {
 	t.Helper()
-	f, err := os.Create(filler)
+	f, err := os.Create(file)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := unix.Fallocate(int(f.Fd()), 0, 0, free(t, dir)-leave); err != nil {
+	if err := unix.Fallocate(int(f.Fd()), 0, 0, size); err != nil {
 		t.Fatal(err)
 	}
 }
