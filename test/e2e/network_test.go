@@ -260,3 +260,42 @@ func TestMirrorHangs(t *testing.T) {
 	holdfast(t, s.d.Socket, "pull", lost+"/"+repository+":1").wants(t, 0, lost)
 	whole(t, s.d)
 }
+
+// TestMirrorStalls: a mirror that falls silent costs half a minute, be it before its first byte or in the middle of a
+// layer. If the registry is dead too the error names the mirror, and what came is not fetched again.
+func TestMirrorStalls(t *testing.T) {
+	const size = 2 * mebi
+	stalls := registrytest.Fault{Stall: true, At: size / 2}
+	for name, f := range map[string]registrytest.Fault{"in the middle": stalls, "at once": {Silent: true}} {
+		t.Run(name, func(t *testing.T) {
+			s := newSite(t, slowLine, noisy(6, size))
+			s.mirror.Fault(s.layer().String(), f)
+			s.mustPull(45 * time.Second)
+		})
+	}
+	t.Run("registry dead", func(t *testing.T) {
+		s := newSite(t, slowLine, noisy(7, size))
+		s.mirror.Fault(s.layer().String(), stalls)
+		s.origin.Kill()
+		s.mustFail(45*time.Second, s.mirror.Host(), s.layer().String(), "no byte")
+		s.mirror.Heal()
+		s.mustResume(10 * time.Second)
+	})
+}
+
+// TestBadCompany: one mirror hangs, one lies, one dies, and packets get lost; the pull is right all the same. Without
+// the registry the error names every host that was asked.
+func TestBadCompany(t *testing.T) {
+	const size = 2 * mebi
+	s := newSite(t, slowLine.lossy(0.01), append([]harness.Layer{noisy(8, size)}, harness.Random(8, 2)...)...)
+	liar, mortal := s.mirror, s.host(farAddress+":0")
+	liar.Fault("/blobs/", registrytest.Fault{Corrupt: true, At: 500})
+	mortal.Fault(s.layer().String(), registrytest.Fault{Drop: true})
+	mortal.Fault(s.layer().String(), registrytest.Fault{Reset: true, At: size / 2, Times: 1})
+	s.before(nowhere+":80", liar.Host(), mortal.Host())
+	alive := s.origin.Host()
+	s.origin.Kill()
+	s.mustFail(30*time.Second, alive, liar.Host(), mortal.Host(), nowhere+":80", s.layer().String())
+	s.origin = s.host(alive)
+	s.mustPull(30 * time.Second)
+}

@@ -100,15 +100,22 @@ func (d *documents) fetch(ctx context.Context, desc oci.Descriptor) ([]byte, err
 	if int64(len(desc.Data)) == desc.Size && desc.Size > 0 && desc.Digest.Algorithm().FromBytes(desc.Data) == desc.Digest {
 		return desc.Data, nil
 	}
-	doc, first := d.fetchOnce(ctx, desc)
-	l, isLie := errors.AsType[*lied](first)
-	if !isLie {
-		return doc, first
-	}
-	d.repo.Distrust(l.host)
 	doc, err := d.fetchOnce(ctx, desc)
+	told := err
+	for range maxLies {
+		l, isLie := errors.AsType[*lied](err)
+		if !isLie {
+			break
+		}
+		for _, host := range l.hosts {
+			d.repo.Distrust(host)
+		}
+		if doc, err = d.fetchOnce(ctx, desc); err != nil {
+			told = again(told, err)
+		}
+	}
 	if err != nil {
-		return nil, again(first, err)
+		return nil, told
 	}
 	return doc, nil
 }
@@ -126,13 +133,13 @@ func (d *documents) fetchOnce(ctx context.Context, desc oci.Descriptor) ([]byte,
 		return nil, err
 	}
 	if got := desc.Digest.Algorithm().FromBytes(doc); got != desc.Digest || int64(len(doc)) != desc.Size {
-		return nil, &lied{body.Host(), lie(body.Host(), desc.Digest, got)}
+		return nil, &lied{[]string{body.Host()}, lie(body.Host(), desc.Digest, got)}
 	}
 	return doc, nil
 }
 
-// again is the error of a blob that came wrong once, and then failed for
-// another reason or wasn't right either. A third time it isn't asked for.
+// again is the error of a blob that came wrong, and then failed for another
+// reason or wasn't right either.
 func again(first, err error) error { return fmt.Errorf("%w (asked again: %w)", first, err) }
 
 func lie(host string, want, got digest.Digest) error {

@@ -158,7 +158,7 @@ func (j *job) dropActive() {
 }
 
 // work is the life of one layer. Bytes that don't match their digest are
-// thrown away, snapshot and all, and fetched once more from elsewhere.
+// thrown away, snapshot and all, and fetched again from elsewhere.
 func (j *job) work(ctx context.Context) error {
 	end := j.begin(PhaseQueue)
 	free, err := j.takeSlot(ctx)
@@ -167,21 +167,41 @@ func (j *job) work(ctx context.Context) error {
 		return err
 	}
 	defer free()
-	rd, first := j.land(ctx, free)
-	if l, isLie := errors.AsType[*lied](first); isLie {
-		if l.host != "" {
-			j.by.repo.Distrust(l.host)
+	rd, err := j.landTrue(ctx, free)
+	if err != nil {
+		return err
+	}
+	return j.commit(ctx, rd)
+}
+
+// maxLies bounds how often the bytes of a layer may come wrong: once from what
+// an earlier pull has kept, and then from a few hosts.
+const maxLies = 4
+
+// landTrue is land until the bytes are right: whoever has sent wrong ones is
+// not asked again.
+func (j *job) landTrue(ctx context.Context, free func()) (*ready, error) {
+	rd, err := j.land(ctx, free)
+	told := err
+	for range maxLies {
+		l, isLie := errors.AsType[*lied](err)
+		if !isLie {
+			break
+		}
+		for _, host := range l.hosts {
+			j.by.repo.Distrust(host)
 		}
 		if err = j.renew(ctx); err == nil {
 			rd, err = j.land(ctx, free)
 		}
 		if err != nil {
-			return again(first, err)
+			told = again(told, err)
 		}
-	} else if first != nil {
-		return first
 	}
-	return j.commit(ctx, rd)
+	if err != nil {
+		return nil, told
+	}
+	return rd, nil
 }
 
 // takeSlot waits for one of the pull's download slots, which layers get in

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
@@ -30,14 +31,16 @@ type source struct {
 	ctx    context.Context // of the fetch, which outlives the call that opened it
 	offset int64           // bytes read so far
 	here   int64           // bytes that were kept
+	hosts  []string        // that have sent the others, in the order in which they came in
 	err    error           // why reading or writing failed
 	spent  Pass            // on the bytes since the last pass began
 }
 
-// lied says that all of a blob has come, and is another one.
+// lied says that all of a blob has come, and is another one. hosts are those
+// to blame.
 type lied struct {
-	host string
-	err  error
+	hosts []string
+	err   error
 }
 
 func (l *lied) Error() string { return l.err.Error() }
@@ -135,7 +138,7 @@ func (s *source) fetch(p []byte) (int, error) {
 	begun = spend(&s.spent.Network, begun)
 	if n > 0 {
 		s.spent.Fetched += int64(n)
-		s.spent.Host = s.body.Host()
+		s.sentBy(s.body.Host())
 		_, err := s.writer.Write(p[:n])
 		spend(&s.spent.Keep, begun)
 		if err != nil {
@@ -149,6 +152,13 @@ func (s *source) fetch(p []byte) (int, error) {
 		err = io.ErrUnexpectedEOF
 	}
 	return 0, fmt.Errorf("%s: %w", s.body.Host(), err)
+}
+
+func (s *source) sentBy(host string) {
+	s.spent.Host = host
+	if host != "" && !slices.Contains(s.hosts, host) {
+		s.hosts = append(s.hosts, host)
+	}
 }
 
 // spend adds the time since begun to d and returns now.
@@ -192,21 +202,21 @@ func (s *source) drain(ctx context.Context) error {
 }
 
 // reject throws the bytes away and says whose they were. If some were here
-// before, nobody knows which are the wrong ones, and nobody is blamed.
+// before, nobody knows which are the wrong ones, and nobody is blamed. If they
+// came from several hosts, those are blamed that broke off in the middle; the
+// one that took over is worth asking for all of them.
 func (s *source) reject(got digest.Digest) error {
-	host, who := "", "an earlier, interrupted pull"
-	switch {
-	case s.here == 0:
-		host = s.body.Host()
-		who = host
-	case s.body != nil:
-		who += " and " + s.body.Host()
+	who, blamed := s.hosts, s.hosts
+	if s.here > 0 {
+		who, blamed = append([]string{"an earlier, interrupted pull"}, s.hosts...), nil
+	} else if len(blamed) > 1 {
+		blamed = blamed[:len(blamed)-1]
 	}
-	err := lie(who, s.job.layer.Desc.Digest, got)
+	err := lie(strings.Join(who, " and "), s.job.layer.Desc.Digest, got)
 	if e := s.writer.Truncate(0); e != nil {
 		return errors.Join(err, e)
 	}
-	return &lied{host, err}
+	return &lied{blamed, err}
 }
 
 type onlyReader struct{ io.Reader }
