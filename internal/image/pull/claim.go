@@ -1,10 +1,12 @@
 package pull
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -57,14 +59,43 @@ func (r *run) claim(ctx context.Context, plan plan) (claims []*claim, err error)
 	if err := r.docs.write(ctx); err != nil {
 		return claims, err
 	}
-	for i, j := range led {
-		if i > 0 {
-			j.before = led[i-1]
-		}
+	r.ready.expect(len(led))
+	for _, j := range led {
+		j.expected = true
 		j.report(Event{Stage: StageWaiting, Desc: j.layer.Desc}) // from here, so that all hear of the layers in their order
+	}
+	var before *job
+	for _, j := range r.order(led) {
+		j.before, before = before, j
 		r.p.jobs.Go(j.run)
 	}
 	return claims, nil
+}
+
+// order is that in which layers get download slots. The largest goes first: a
+// large one that comes last is fetched, inflated and written alone, when all
+// the others are through and the second core has nothing to do, while small
+// ones fill any gap. Equals keep the order of the chain.
+//
+// A driver that wants the parent first has its layers in the order of the
+// chain: it unpacks one at a time, from the bottom, and would otherwise wait
+// with that until the small bottom layer has come behind all large ones. What
+// stays packed comes after them, the largest first.
+func (r *run) order(led []*job) []*job {
+	inChain := func(j *job) bool { return !j.key.packed && !r.snaps.Traits().Rebase }
+	order := slices.Clone(led)
+	slices.SortStableFunc(order, func(a, b *job) int {
+		switch chainA, chainB := inChain(a), inChain(b); {
+		case chainA && chainB:
+			return 0
+		case chainA:
+			return -1
+		case chainB:
+			return 1
+		}
+		return cmp.Compare(b.layer.Desc.Size, a.layer.Desc.Size)
+	})
+	return order
 }
 
 // join finds or makes the job of every layer, once for images that share it.

@@ -32,6 +32,7 @@ type Event struct {
 	Stage  Stage
 	Desc   oci.Descriptor
 	Offset int64 // compressed bytes of Desc that are here
+	Kept   int64 // StageFetching: those of Desc that need not come, as an earlier pull has left them or the store has them
 
 	Packed   bool             // the layer is not unpacked
 	Children []oci.Descriptor // what the document, now that it is here, refers to

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -35,7 +36,7 @@ type job struct {
 	key    layerKey
 	layer  image.Layer
 	parent *job // nil for the bottom layer
-	before *job // started before this one by the same pull, or nil
+	before *job // gets a download slot before this one does, or nil
 	active string
 
 	ctx    context.Context
@@ -44,6 +45,8 @@ type job struct {
 	queuedOnce sync.Once
 	begun      chan struct{} // closed when it has a download slot, or needs none for now
 	queued     chan struct{} // closed when in the committer's queue, or done
+	expected   bool          // by the committer
+	wanted     atomic.Bool   // somebody can't go on before it is done
 	done       chan struct{} // closed when err and fetched are set
 	err        error
 	fetched    bool // it wasn't here before
@@ -79,6 +82,9 @@ func (p *Puller) join(r *run, key layerKey, l image.Layer, parent *job) (c *clai
 		return nil, j
 	}
 	j.claims = append(j.claims, c)
+	if !led {
+		j.by.ready.look()
+	}
 	return c, nil
 }
 
@@ -106,7 +112,32 @@ func (j *job) report(e Event) {
 	}
 }
 
-func (j *job) enqueued() { j.queuedOnce.Do(func() { close(j.queued) }) }
+func (j *job) enqueued() {
+	j.queuedOnce.Do(func() {
+		close(j.queued)
+		if j.expected {
+			j.by.ready.came()
+		}
+	})
+}
+
+// hurry says that somebody can't go on before the job is done.
+func (j *job) hurry() {
+	j.wanted.Store(true)
+	j.by.ready.look()
+}
+
+// urgent reports whether the job, once it is ready, is to be committed without
+// waiting for others: somebody can't go on without it, or nobody waits for it
+// any more and those who have left wait for its end.
+func (j *job) urgent() bool {
+	if j.wanted.Load() || j.ctx.Err() != nil || !j.key.packed && !j.by.snaps.Traits().Rebase {
+		return true
+	}
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return slices.ContainsFunc(j.claims, func(c *claim) bool { return !c.led })
+}
 
 // finish settles the job: all who wait for it go on. Only the first call
 // counts.
@@ -205,8 +236,13 @@ func (j *job) landTrue(ctx context.Context, free func()) (*ready, error) {
 }
 
 // takeSlot waits for one of the pull's download slots, which layers get in
-// their order. A layer that has the same blob as one below it waits for that
-// first, and then needs no download.
+// the order of run.order. A layer that has the same blob as one below it waits
+// for that first, and then needs no download.
+//
+// Nobody waits in a circle, whatever the order: who has a slot waits for no
+// other layer before giving it up, and who waits for a twin, which lies below
+// it in the chain, has no slot and keeps nobody in line behind it from getting
+// one.
 func (j *job) takeSlot(ctx context.Context) (free func(), err error) {
 	begin := sync.OnceFunc(func() { close(j.begun) })
 	defer begin()
@@ -219,6 +255,7 @@ func (j *job) takeSlot(ctx context.Context) (free func(), err error) {
 	}
 	if twin := j.twin(); twin != nil {
 		begin()
+		twin.hurry()
 		select {
 		case <-twin.done:
 		case <-ctx.Done():
@@ -302,7 +339,7 @@ func (j *job) land(ctx context.Context, free func()) (*ready, error) {
 			return nil, errors.Join(err, src.close())
 		}
 	}
-	j.report(Event{Stage: StageFetching, Desc: j.layer.Desc, Offset: src.offset})
+	j.report(Event{Stage: StageFetching, Desc: j.layer.Desc, Offset: src.offset, Kept: src.here})
 	if err := j.unpack(ctx, src, rd); err != nil {
 		return nil, errors.Join(err, src.close())
 	}
@@ -361,7 +398,9 @@ func (j *job) apply(ctx context.Context, src *source, emit layer.Emitter) (layer
 	// Whether the archive is bad or its bytes were changed on the way shows only at the end of the blob.
 	begun := time.Now()
 	err := src.drain(ctx)
-	res.Times.Source += time.Since(begun)
+	took := time.Since(begun)
+	res.Times.Source += took
+	res.Times.Hungry += took
 	if err != nil {
 		return res, err
 	}

@@ -106,6 +106,8 @@ type Puller struct {
 	disks  []Disk
 	opts   Options
 
+	patience time.Duration // see the constant; tests have another
+
 	jobs   sync.WaitGroup
 	mu     sync.Mutex
 	layers map[layerKey]*job
@@ -125,7 +127,7 @@ func New(db *meta.DB, remote Remote, disks []Disk, opts Options) *Puller {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Puller{db: db, remote: remote, disks: disks, opts: opts,
+	return &Puller{db: db, remote: remote, disks: disks, opts: opts, patience: patience,
 		layers: make(map[layerKey]*job), live: make(map[string]int)}
 }
 
@@ -230,7 +232,7 @@ func (p *Puller) newRun(sp meta.Space, reference string, req Request) (*run, err
 		return nil, err
 	}
 	r.docs = &documents{sp: r.sp, repo: r.repo, docs: map[string][]byte{}, report: r.report}
-	r.ready.run = r
+	r.ready.run, r.ready.news = r, make(chan struct{}, 1)
 	for _, d := range p.disks {
 		r.syncs = append(r.syncs, d.Begin())
 	}

@@ -145,7 +145,7 @@ func (s *source) fetch(p []byte) (int, error) {
 			return 0, fmt.Errorf("keep fetched bytes: %w", err)
 		}
 		s.offset += int64(n)
-		s.job.report(Event{Stage: StageFetching, Desc: desc, Offset: s.offset})
+		s.job.report(Event{Stage: StageFetching, Desc: desc, Offset: s.offset, Kept: s.here})
 		return n, nil
 	}
 	if err == nil || err == io.EOF {

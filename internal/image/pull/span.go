@@ -30,7 +30,7 @@ const (
 	PhaseParent   Phase = "parent"   // waits for the layer below
 	PhaseUnpack   Phase = "unpack"   // its bytes go to its files, those that are not here yet by way of the store
 	PhaseFlush    Phase = "flush"    // its files are synced one by one
-	PhaseBatch    Phase = "batch"    // waits until the commit in front is through
+	PhaseBatch    Phase = "batch"    // waits for other layers to commit with, and until the commit in front is through
 	PhaseSync     Phase = "sync"     // the file systems are synced
 	PhaseSeal     Phase = "seal"     // its blob goes to its place
 	PhaseSnapshot Phase = "snapshot" // the driver commits
