@@ -45,7 +45,7 @@ compat:
 	cd test/compat && go test $(V) -count=1 -timeout 15m ./...
 
 crash:
-	go test $(V) -count=1 -timeout 30m -tags fault ./test/crash -args -thorough
+	go test $(V) -count=1 -timeout 60m -tags fault ./test/crash -args -thorough
 
 crash-first:
 	go test $(V) -count=1 -timeout 15m -tags fault ./internal/fault ./test/crash/...

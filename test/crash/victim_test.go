@@ -35,7 +35,7 @@ func newVictim(t *testing.T, seed uint64) *victim {
 	v := &victim{diskSize: 512 << 20}
 	times := 1
 	if *thorough {
-		v.diskSize, times = 4<<30, largeTimes
+		v.diskSize, times = 8<<30, largeTimes
 		v.img = benchImage(t)
 	}
 	if v.img == nil {
