@@ -18,6 +18,7 @@ import (
 // Limits of one exchange.
 const (
 	maxRedirects = 10
+	eagerness    = 16       // times the least speed is asked of an endpoint that isn't the last
 	maxDrain     = 64 << 10 // bytes of an unwanted body that are read so that its connection can be used again
 )
 
@@ -30,12 +31,26 @@ type query struct {
 	offset int64 // where the bytes wanted begin; a Range header if not 0
 	end    int64 // where they end; some servers refuse a Range that leaves it open
 	tag    bool  // the answer is believed without a digest, so TLS must not be lost on the way to it
+	eager  bool  // somebody else can be asked: more speed is asked of the answer
 }
 
 var (
 	errStalled     = errors.New("no byte arrived")
 	errUnreachable = errors.New("no connection")
 )
+
+// trickle is an errStalled: bytes arrive, and too few to get anywhere.
+type trickle struct {
+	bytes  int64
+	within time.Duration
+	least  int64 // bytes a second
+}
+
+func (t *trickle) Error() string {
+	return fmt.Sprintf("only %d bytes arrived in %s, less than %d a second", t.bytes, t.within.Round(time.Millisecond), t.least)
+}
+
+func (t *trickle) Unwrap() error { return errStalled }
 
 // dialTimeout is an errUnreachable: how long nobody answered.
 type dialTimeout time.Duration
@@ -94,6 +109,9 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 			a.discard()
 			return nil, err
 		case next == nil:
+			if q.eager {
+				a.body.least *= eagerness
+			}
 			return a, nil
 		}
 		a.discard()
@@ -192,7 +210,7 @@ func (r *Repository) roundTrip(req *http.Request, pool *http.Transport, dial tim
 	if err != nil {
 		return nil, err
 	}
-	body := &watchedBody{from: resp.Body, dog: dog, stall: stall, parent: parent, ctx: ctx}
+	body := &watchedBody{from: resp.Body, dog: dog, stall: stall, least: r.client.opts.LeastRate, window: r.client.opts.RateWindow, parent: parent, ctx: ctx}
 	return &answer{Response: resp, served: req.URL.Host, body: body}, nil
 }
 
@@ -226,21 +244,36 @@ func (d *watchdog) explain(parent, ctx context.Context, err error, stall time.Du
 	return err
 }
 
-// watchedBody reads a response body. The watchdog is awake only while a Read waits: a consumer may take its time.
+// watchedBody reads a response body. The watchdog is awake only while a Read waits: a consumer may take its time. So
+// is the measure of its speed: a sender that sends a byte now and then is alive, and would hold the reader for ever.
 type watchedBody struct {
 	from   io.ReadCloser
 	dog    *watchdog
 	stall  time.Duration
+	least  int64         // bytes a second, on average over
+	window time.Duration // time spent in Read
 	parent context.Context
 	ctx    context.Context
+
+	waited time.Duration // of the window
+	came   int64         // bytes in it
 }
 
 func (b *watchedBody) Read(p []byte) (int, error) {
+	begun := time.Now()
 	b.dog.timer.Reset(b.stall)
 	n, err := b.from.Read(p)
 	b.dog.timer.Stop()
+	b.waited += time.Since(begun)
+	b.came += int64(n)
 	if err != nil && err != io.EOF {
 		err = b.dog.explain(b.parent, b.ctx, err, b.stall)
+	}
+	if b.waited >= b.window {
+		if err == nil && float64(b.came) < float64(b.least)*b.waited.Seconds() {
+			err = &trickle{b.came, b.waited, b.least}
+		}
+		b.waited, b.came = 0, 0
 	}
 	return n, err
 }

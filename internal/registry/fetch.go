@@ -67,8 +67,8 @@ type Blob struct {
 	sources []source
 	at      int // the source in use
 	failed  failures
-	stalls  int
-	resumes int   // since resumed
+	stalls  int   // since resumed
+	resumes int   // the same
 	resumed int64 // offset at which the row of broken connections began
 	whole   bool  // no Range is asked for, as it was refused without reason
 
@@ -212,7 +212,7 @@ func (b *Blob) resume(err error) error {
 	}
 	src := b.sources[b.at]
 	if b.next-b.resumed >= resumeReset {
-		b.resumes, b.resumed = 0, b.next
+		b.resumes, b.stalls, b.resumed = 0, 0, b.next
 	}
 	b.resumes++
 	failed := b.repo.failure("fetch", b.desc.Digest, src.host(), fmt.Errorf("broken off after %d of %d bytes: %w", b.next, b.desc.Size, err))
@@ -222,14 +222,14 @@ func (b *Blob) resume(err error) error {
 		if src.ep.mirror {
 			b.repo.markDown(src.ep, err)
 		}
-		if b.stalls >= maxStalls {
+		if b.stalls >= maxStalls && !b.others() {
 			return append(failures{failed}, b.failed...).worst()
 		}
 	}
 	if b.resumes >= maxResumes || stalled && b.others() {
 		b.failed = append(b.failed, failed)
 		b.at++
-		b.resumes, b.resumed = 0, b.next
+		b.resumes, b.stalls, b.resumed = 0, 0, b.next
 	} else if wait := b.repo.client.opts.Backoff << (b.resumes - 1) / 2; sleep(b.ctx, wait) != nil {
 		return b.cancelled()
 	}
@@ -309,7 +309,7 @@ func (b *Blob) open(src source, more bool) (*answer, *Error) {
 	fail := func(err error) (*answer, *Error) {
 		return nil, b.repo.failure("fetch", b.desc.Digest, src.host(), err)
 	}
-	q := query{method: http.MethodGet, path: src.path, object: b.desc.Digest.String(), accept: "*/*", offset: b.next, end: b.desc.Size}
+	q := query{method: http.MethodGet, path: src.path, object: b.desc.Digest.String(), accept: "*/*", offset: b.next, end: b.desc.Size, eager: more}
 	if b.whole {
 		q.offset = 0
 	}

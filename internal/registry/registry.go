@@ -37,6 +37,8 @@ type Options struct {
 	Proxy       func(*http.Request) (*url.URL, error)                        // default: as HTTP_PROXY, HTTPS_PROXY and NO_PROXY say
 	Hooks       Hooks
 	Stall       time.Duration // a response that brings no byte for so long has ended; default 30 s
+	LeastRate   int64         // bytes a second: a response that brings fewer on average over RateWindow counts as stalled; default 1024, which a telephone line does for three layers at once. An endpoint that isn't the last must be 16 times as fast
+	RateWindow  time.Duration // counts only while a reader waits; default 60 s
 	Dial        time.Duration // longest wait for a connection to the last endpoint; default 30 s
 	MirrorDial  time.Duration // the same for any endpoint before the last; default 1 s. A host's own dial_timeout goes before both
 	Backoff     time.Duration // wait before the first repetition, doubled for each further one; default 200 ms
@@ -90,11 +92,14 @@ func New(opts Options) *Client {
 		opts.Proxy = http.ProxyFromEnvironment
 	}
 	for field, value := range map[*time.Duration]time.Duration{
-		&opts.Stall: 30 * time.Second, &opts.Dial: 30 * time.Second, &opts.MirrorDial: time.Second, &opts.Backoff: 200 * time.Millisecond,
+		&opts.Stall: 30 * time.Second, &opts.RateWindow: time.Minute, &opts.Dial: 30 * time.Second, &opts.MirrorDial: time.Second, &opts.Backoff: 200 * time.Millisecond,
 	} {
 		if *field <= 0 {
 			*field = value
 		}
+	}
+	if opts.LeastRate <= 0 {
+		opts.LeastRate = 1024
 	}
 	return &Client{
 		opts:       opts,
