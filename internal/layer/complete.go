@@ -179,7 +179,7 @@ func (c *completion) link(l Link) error {
 	if err != nil {
 		return err
 	}
-	return l.attrs.set(n, kindOf(st), "")
+	return l.attrs.setAll(n, kindOf(st), "")
 }
 
 // source returns the name, in the layer, of what a link is to be linked to.
@@ -504,7 +504,7 @@ func copyAttributes(from *inroot.Root, path string, to *inroot.Root, name string
 		}
 		a.xattrs = append(a.xattrs, xattr{key, value})
 	}
-	if err := a.set(dst, kindOf(st), opaqueUser); err != nil {
+	if err := a.setAll(dst, kindOf(st), opaqueUser); err != nil {
 		return st, err
 	}
 	return dst.Stat()

@@ -22,7 +22,7 @@ func copyFile(from *inroot.Root, path string, to *inroot.Root, name string) erro
 	if err != nil {
 		return err
 	}
-	out, err := to.Create(name)
+	out, err := to.Create(name, 0o600)
 	if err != nil {
 		return err
 	}

@@ -55,11 +55,9 @@ func (d *Directory) put(e *entry, body io.Reader) error {
 	if e.kind == tar.TypeLink {
 		err = d.link(real, e)
 	} else {
-		var merge bool
-		if merge, _, err = d.clear(real, e.kind); err == nil {
-			err = d.write(real, e, merge, body)
-		}
-		if err == nil && e.kind == tar.TypeDir && !merge {
+		var merged bool
+		merged, _, err = d.write(real, e, body)
+		if err == nil && e.kind == tar.TypeDir && !merged {
 			err = d.owns(real)
 		}
 	}
@@ -89,7 +87,7 @@ func (d *Directory) link(real string, e *entry) error {
 		}
 		d.few.dir(path.Dir(real))
 	}
-	if _, err = d.attributes(real, e.attributes); err != nil {
+	if _, err = d.attributes(real, &e.attributes); err != nil {
 		return fmt.Errorf("hard link to %q: %w", brief(e.link), err)
 	}
 	d.few.file(real)

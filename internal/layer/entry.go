@@ -167,29 +167,63 @@ func hasMeta(name string) bool {
 	return strings.HasPrefix(name, whiteoutMeta) || strings.Contains(name, "/"+whiteoutMeta)
 }
 
-// set gives a node its attributes. The order matters: chown takes away set-id
-// bits and capabilities, and an ACL changes the mode.
-func (a *attributes) set(n *inroot.Node, kind byte, private string) error {
-	if err := n.Chown(a.uid, a.gid); err != nil {
-		if errors.Is(err, unix.EINVAL) && inUserNamespace() {
-			return fmt.Errorf("owner %d:%d has no place in this user namespace; give it more ids in /etc/subuid and /etc/subgid: %w", a.uid, a.gid, err)
+// setAll gives a node that was there before its attributes: all of them, since
+// even a chown that changes nothing takes away set-id bits and capabilities.
+func (a *attributes) setAll(n *inroot.Node, kind byte, private string) error {
+	if err := a.set(n, nil, kind, private); err != nil {
+		return err
+	}
+	return a.setTimes(n)
+}
+
+// set gives a node its owner, extended attributes and mode. The order matters:
+// chown takes away set-id bits and capabilities, and an ACL changes the mode.
+//
+// fresh describes a node that was just made, or is nil. What such a node has
+// already is not set again; but what a user namespace shows as its owner may
+// not be the real one.
+func (a *attributes) set(n *inroot.Node, fresh *unix.Stat_t, kind byte, private string) error {
+	chown := fresh == nil || a.foreign(fresh)
+	if chown {
+		if err := a.explain(n.Chown(a.uid, a.gid)); err != nil {
+			return err
 		}
-		return fmt.Errorf("set owner %d:%d: %w", a.uid, a.gid, err)
 	}
 	for _, x := range a.xattrs {
 		if err := x.set(n, kind, private); err != nil {
 			return err
 		}
 	}
-	if kind != tar.TypeSymlink {
+	if kind != tar.TypeSymlink && (chown || len(a.xattrs) > 0 || fresh.Mode&0o7777 != a.mode) {
 		if err := n.Chmod(a.mode); err != nil {
 			return fmt.Errorf("set mode %#o: %w", a.mode, err)
 		}
 	}
+	return nil
+}
+
+// foreign reports whether the owner is to be another one.
+func (a *attributes) foreign(st *unix.Stat_t) bool {
+	return int(st.Uid) != a.uid || int(st.Gid) != a.gid || inUserNamespace()
+}
+
+// setTimes comes last.
+func (a *attributes) setTimes(n *inroot.Node) error {
 	if err := n.Utimes(a.atime, a.mtime); err != nil {
 		return fmt.Errorf("set times: %w", err)
 	}
 	return nil
+}
+
+// explain says why an owner could not be set.
+func (a *attributes) explain(err error) error {
+	if err == nil {
+		return nil
+	}
+	if errors.Is(err, unix.EINVAL) && inUserNamespace() {
+		return fmt.Errorf("owner %d:%d has no place in this user namespace; give it more ids in /etc/subuid and /etc/subgid: %w", a.uid, a.gid, err)
+	}
+	return fmt.Errorf("set owner %d:%d: %w", a.uid, a.gid, err)
 }
 
 // set sets one attribute. Those of the administrator's namespace are never

@@ -136,7 +136,7 @@ func (o *Overlay) revive(dir string) (bool, error) {
 		if err := o.root.Mkdir(real, 0o755); err != nil {
 			return false, err
 		}
-		if err := o.newDir(real, nil); err != nil {
+		if err := o.madeDir(real); err != nil {
 			return false, err
 		}
 		delete(o.implied, real)
@@ -156,11 +156,8 @@ func (o *Overlay) put(e *entry, body io.Reader) error {
 	if e.kind == tar.TypeLink {
 		return o.link(real, e)
 	}
-	merge, replaced, err := o.clear(real, e.kind)
-	if err != nil {
-		return err
-	}
-	if err := o.write(real, e, merge, body); err != nil || e.kind != tar.TypeDir {
+	_, replaced, err := o.write(real, e, body)
+	if err != nil || e.kind != tar.TypeDir {
 		return err
 	}
 	delete(o.implied, real)
@@ -181,13 +178,12 @@ func (o *Overlay) whiteout(name string) error {
 	if err != nil {
 		return err
 	}
-	if _, replaced, err := o.clear(real, tar.TypeChar); err != nil {
+	_, replaced, err := o.claim(real, tar.TypeChar, func() error { return o.root.Mknod(real, unix.S_IFCHR, 0) })
+	if err != nil {
 		return err
-	} else if replaced {
-		delete(o.implied, real)
 	}
-	if err := o.root.Mknod(real, unix.S_IFCHR, 0); err != nil {
-		return err
+	if replaced {
+		delete(o.implied, real)
 	}
 	o.usage.Inodes++
 	o.few.dir(path.Dir(real))
@@ -261,7 +257,7 @@ func (o *Overlay) link(real string, e *entry) error {
 		o.few.dir(path.Dir(real))
 	}
 	o.few.file(real)
-	_, err = o.attributes(real, e.attributes)
+	_, err = o.attributes(real, &e.attributes)
 	return err
 }
 
@@ -316,7 +312,7 @@ func (o *Overlay) holdPlace(real string) error {
 			o.place.Close()
 		}
 	}
-	f, err := o.root.Create(real)
+	f, err := o.root.Create(real, 0o600)
 	if err != nil {
 		return err
 	}

@@ -84,36 +84,47 @@ func (t *tree) retain(name string) error {
 // parents makes what is missing above name; it returns the real name of what
 // lies there, and the directories made.
 func (t *tree) parents(name string) (real string, made []string, err error) {
-	dir := path.Dir(name)
-	made, err = t.root.MkdirAll(dir, 0o755)
-	for _, m := range made {
-		if err := errors.Join(t.count(1), t.newDir(m, nil)); err != nil {
+	dir, base := inroot.Split(name)
+	above, err := t.root.Real(dir)
+	if err != nil {
+		made, err = t.root.MkdirAll(dir, 0o755)
+		for _, m := range made {
+			if err := errors.Join(t.count(1), t.madeDir(m)); err != nil {
+				return "", made, err
+			}
+		}
+		if err != nil {
+			return "", made, err
+		}
+		if above, err = t.root.Real(dir); err != nil {
 			return "", made, err
 		}
 	}
-	if err != nil {
-		return "", made, err
+	if above == dir {
+		return name, made, nil
 	}
-	if dir, err = t.root.Real(dir); err != nil {
-		return "", made, err
-	}
-	return path.Join(dir, path.Base(name)), made, nil
+	return path.Join(above, base), made, nil
 }
 
-// newDir counts a directory that was made, and keeps the times of its entry.
-func (t *tree) newDir(real string, e *entry) error {
+// madeDir counts a directory that was made without an entry.
+func (t *tree) madeDir(real string) error {
 	st, err := t.root.Lstat(real)
 	if err != nil {
 		return err
 	}
+	return t.newDir(real, st.Blocks, nil)
+}
+
+// newDir counts a directory that was made, and keeps the times of its entry.
+func (t *tree) newDir(real string, blocks int64, e *entry) error {
 	t.usage.Inodes++
-	t.usage.Size += st.Blocks * 512
+	t.usage.Size += blocks * 512
 	t.few.dir(real)
-	t.few.dir(path.Dir(real))
+	t.few.dir(parentOf(real))
 	if d := t.dirs[real]; d != nil { // it was there before, and was removed
-		*d = dirTimes{blocks: st.Blocks}
+		*d = dirTimes{blocks: blocks}
 	}
-	return t.times(real, st.Blocks, e)
+	return t.times(real, blocks, e)
 }
 
 // times keeps the times of a directory's entry until the end.
@@ -153,53 +164,161 @@ func (t *tree) remove(real string) error {
 	got, err := t.root.RemoveAll(real)
 	t.usage.Inodes -= got.Inodes
 	t.usage.Size -= got.Bytes
-	t.few.dir(path.Dir(real))
+	t.few.dir(parentOf(real))
 	return err
 }
 
-// write makes the object of an entry whose name is free (or, for a directory,
-// may be there already); hard links are the emitters'.
-func (t *tree) write(real string, e *entry, merge bool, body io.Reader) error {
-	if e.kind == tar.TypeReg {
-		return t.writeFile(real, e, body)
+// claim has the object of an entry made, at once or, if something stands in the
+// way, when that is removed. merged says that it is a directory as the entry is,
+// and nothing was made.
+func (t *tree) claim(real string, kind byte, make func() error) (merged, replaced bool, err error) {
+	if err = make(); !errors.Is(err, fs.ErrExist) {
+		return false, false, err
 	}
-	var err error
+	if merged, replaced, err = t.clear(real, kind); err != nil || merged {
+		return merged, replaced, err
+	}
+	return false, replaced, make()
+}
+
+// write makes the object of an entry, in place of what has its name so far; a
+// directory that is there keeps its content (merged). Hard links are the
+// emitters'.
+func (t *tree) write(real string, e *entry, body io.Reader) (merged, replaced bool, err error) {
 	switch e.kind {
-	case tar.TypeDir:
-		if !merge {
-			err = t.root.Mkdir(real, 0o700)
+	case tar.TypeReg:
+		var f *inroot.File
+		merged, replaced, err = t.claim(real, e.kind, func() (err error) {
+			f, err = t.root.Create(real, e.mode)
+			return err
+		})
+		if err == nil {
+			err = errors.Join(t.fill(f, e, body), f.Close())
+			t.few.file(real)
 		}
+	case tar.TypeDir:
+		return t.writeDir(real, e)
 	case tar.TypeSymlink:
-		err = t.root.Symlink(e.link, real)
-	case tar.TypeChar:
-		err = t.root.Mknod(real, unix.S_IFCHR, e.dev)
-	case tar.TypeBlock:
-		err = t.root.Mknod(real, unix.S_IFBLK, e.dev)
-	case tar.TypeFifo:
-		err = t.root.Mknod(real, unix.S_IFIFO, 0)
+		if merged, replaced, err = t.claim(real, e.kind, func() error { return t.root.Symlink(e.link, real) }); err == nil {
+			err = t.dress(real, e)
+		}
+	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+		if merged, replaced, err = t.claim(real, e.kind, func() error { return t.root.Mknod(real, nodeType(e.kind), e.dev) }); err == nil {
+			err = t.dress(real, e)
+		}
 	}
+	t.few.dir(parentOf(real))
+	return merged, replaced, err
+}
+
+// fill gives a new file its bytes and attributes. The mode comes last but for
+// the times: while the file is not whole it has no set-id bits.
+func (t *tree) fill(f *inroot.File, e *entry, body io.Reader) error {
+	var to io.Writer = f
+	if e.sparse {
+		to = &holeWriter{file: f}
+	}
+	if e.size > 0 || e.sparse {
+		n, err := io.Copy(to, body)
+		if err != nil {
+			return err
+		}
+		if n != e.size {
+			return io.ErrUnexpectedEOF
+		}
+	}
+	if e.sparse {
+		if err := f.Truncate(e.size); err != nil {
+			return err
+		}
+	}
+	st, err := f.Stat()
 	if err != nil {
 		return err
 	}
-	st, err := t.attributes(real, e.attributes)
-	if err != nil {
+	if err := e.set(&f.Node, &st, e.kind, t.private); err != nil {
 		return err
 	}
-	switch {
-	case e.kind == tar.TypeDir && merge:
-		t.few.dir(real)
-		return t.times(real, st.Blocks, e)
-	case e.kind == tar.TypeDir:
-		return t.newDir(real, e)
+	if len(e.xattrs) > 0 { // they may take blocks
+		if st, err = f.Stat(); err != nil {
+			return err
+		}
+	}
+	if err := e.setTimes(&f.Node); err != nil {
+		return err
+	}
+	if e.size >= writebackFrom {
+		durable.StartWriteback(f.Fd())
 	}
 	t.usage.Inodes++
 	t.usage.Size += st.Blocks * 512
-	t.few.dir(path.Dir(real))
+	t.files++
+	t.bytes += e.size
+	return nil
+}
+
+// writeDir makes a directory, or gives the one that is there its attributes;
+// the times are settle's.
+func (t *tree) writeDir(real string, e *entry) (merged, replaced bool, err error) {
+	var n *inroot.Node
+	merged, replaced, err = t.claim(real, e.kind, func() (err error) {
+		n, err = t.root.MakeDir(real, e.mode)
+		return err
+	})
+	if err != nil {
+		return merged, replaced, err
+	}
+	if merged {
+		st, err := t.attributes(real, &e.attributes)
+		if err != nil {
+			return merged, replaced, err
+		}
+		t.few.dir(real)
+		return merged, replaced, t.times(real, st.Blocks, e)
+	}
+	st, err := n.Stat()
+	if err != nil {
+		return merged, replaced, err
+	}
+	if err := e.set(n, &st, e.kind, t.private); err != nil {
+		return merged, replaced, err
+	}
+	if len(e.xattrs) > 0 {
+		if st, err = n.Stat(); err != nil {
+			return merged, replaced, err
+		}
+	}
+	return merged, replaced, t.newDir(real, st.Blocks, e)
+}
+
+// dress gives a new link, device or FIFO its attributes. A link mostly needs
+// none but its times, and so needs no opening.
+func (t *tree) dress(real string, e *entry) error {
+	var st unix.Stat_t
+	var err error
+	if e.kind == tar.TypeSymlink && len(e.xattrs) == 0 {
+		if st, err = t.root.Lstat(real); err != nil {
+			return err
+		}
+		if e.foreign(&st) {
+			if err := e.explain(t.root.Lchown(real, e.uid, e.gid)); err != nil {
+				return err
+			}
+		}
+		err = t.root.Lutimes(real, e.atime, e.mtime)
+	} else {
+		st, err = t.attributes(real, &e.attributes)
+	}
+	if err != nil {
+		return err
+	}
+	t.usage.Inodes++
+	t.usage.Size += st.Blocks * 512
 	return nil
 }
 
 // attributes sets those of an object that is there, and says what it is now.
-func (t *tree) attributes(real string, a attributes) (unix.Stat_t, error) {
+func (t *tree) attributes(real string, a *attributes) (unix.Stat_t, error) {
 	n, err := t.root.Node(real)
 	if err != nil {
 		return unix.Stat_t{}, err
@@ -209,51 +328,10 @@ func (t *tree) attributes(real string, a attributes) (unix.Stat_t, error) {
 	if err != nil {
 		return st, err
 	}
-	if err := a.set(n, kindOf(st), t.private); err != nil {
+	if err := a.setAll(n, kindOf(st), t.private); err != nil {
 		return st, err
 	}
 	return n.Stat()
-}
-
-func (t *tree) writeFile(real string, e *entry, body io.Reader) error {
-	f, err := t.root.Create(real)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	var to io.Writer = f
-	if e.sparse {
-		to = &holeWriter{file: f}
-	}
-	n, err := io.Copy(to, body)
-	if err != nil {
-		return err
-	}
-	if n != e.size {
-		return io.ErrUnexpectedEOF
-	}
-	if e.sparse {
-		if err := f.Truncate(e.size); err != nil {
-			return err
-		}
-	}
-	if err := e.set(&f.Node, e.kind, t.private); err != nil {
-		return err
-	}
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	if n >= writebackFrom {
-		durable.StartWriteback(f.Fd())
-	}
-	t.usage.Inodes++
-	t.usage.Size += st.Blocks * 512
-	t.files++
-	t.bytes += n
-	t.few.file(real)
-	t.few.dir(path.Dir(real))
-	return nil
 }
 
 // settle gives the directories their times, now that nothing is written into
@@ -270,13 +348,7 @@ func (t *tree) settle() error {
 		}
 		t.usage.Size += (st.Blocks - d.blocks) * 512
 		if d.explicit {
-			n, err := t.root.Node(real)
-			if err != nil {
-				return err
-			}
-			err = n.Utimes(d.atime, d.mtime)
-			n.Close()
-			if err != nil {
+			if err := t.root.Lutimes(real, d.atime, d.mtime); err != nil {
 				return err
 			}
 		}
@@ -287,8 +359,9 @@ func (t *tree) settle() error {
 // still describes what a real name is now; ok is false if there is nothing, or
 // it can only be reached through a link that took the place of a directory.
 func (t *tree) still(real string) (st unix.Stat_t, ok bool, err error) {
-	dir, err := t.root.Real(path.Dir(real))
-	if err == nil && dir == path.Dir(real) {
+	above := parentOf(real)
+	dir, err := t.root.Real(above)
+	if err == nil && dir == above {
 		if st, err = t.root.Lstat(real); err == nil {
 			return st, true, nil
 		}
@@ -339,6 +412,23 @@ func (h *holeWriter) Write(p []byte) (int, error) {
 }
 
 func isDir(st unix.Stat_t) bool { return st.Mode&unix.S_IFMT == unix.S_IFDIR }
+
+// parentOf is the directory of a clean name.
+func parentOf(name string) string {
+	dir, _ := inroot.Split(name)
+	return dir
+}
+
+// nodeType is the mode's type of a device or FIFO.
+func nodeType(kind byte) uint32 {
+	switch kind {
+	case tar.TypeChar:
+		return unix.S_IFCHR
+	case tar.TypeBlock:
+		return unix.S_IFBLK
+	}
+	return unix.S_IFIFO
+}
 
 // kindOf is the archive's type of what st describes.
 func kindOf(st unix.Stat_t) byte {

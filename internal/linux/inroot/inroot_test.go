@@ -33,7 +33,7 @@ func must(t *testing.T, err error) {
 
 func create(t *testing.T, r *Root, name, body string) {
 	t.Helper()
-	f, err := r.Create(name)
+	f, err := r.Create(name, 0o644)
 	must(t, err)
 	_, err = f.Write([]byte(body))
 	must(t, err)
@@ -83,7 +83,7 @@ func TestLinksStayInRoot(t *testing.T) {
 		t.Errorf("outside: %v", outside)
 	}
 	must(t, r.Symlink("loop", "loop"))
-	if _, err := r.Create("loop/x"); !errors.Is(err, unix.ELOOP) {
+	if _, err := r.Create("loop/x", 0o644); !errors.Is(err, unix.ELOOP) {
 		t.Errorf("through a loop: %v", err)
 	}
 	must(t, r.Symlink("/proc/self/root", "magic"))
@@ -134,14 +134,14 @@ func TestCacheForgets(t *testing.T) {
 	create(t, r, "l/b/1", "")
 	_, err = r.RemoveAll("a")
 	must(t, err)
-	if _, err := r.Create("l/b/2"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := r.Create("l/b/2", 0o644); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("in a removed directory: %v", err)
 	}
 	_, err = r.MkdirAll("a/b", 0o755)
 	must(t, err)
 	create(t, r, "l/b/3", "")
 	must(t, r.Rename("a", "c"))
-	if _, err := r.Create("a/b/4"); !errors.Is(err, fs.ErrNotExist) {
+	if _, err := r.Create("a/b/4", 0o644); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("in a renamed directory: %v", err)
 	}
 	must(t, r.Remove("l"))
@@ -292,7 +292,7 @@ func TestRacingSwap(t *testing.T) {
 	r := open(t, dir)
 	for range 3000 {
 		r.forget() // so that each name is resolved anew
-		if f, err := r.Create("a/sub/f"); err == nil {
+		if f, err := r.Create("a/sub/f", 0o644); err == nil {
 			_, _ = f.Write([]byte("evil"))
 			_ = f.Chown(1, 1)
 			f.Close()

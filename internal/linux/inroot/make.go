@@ -8,14 +8,30 @@ import (
 
 // Mkdir makes a directory with exactly these permission, set-id and sticky bits.
 func (r *Root) Mkdir(name string, mode uint32) error {
-	p, base, err := r.split(name)
-	if err == nil {
-		var fd int
-		if fd, err = mkdirat(p.fd, base, mode); err == nil {
-			unix.Close(fd)
-		}
+	n, err := r.MakeDir(name, mode)
+	if err != nil {
+		return err
 	}
-	return named("make directory", name, err)
+	return named("set mode of", name, n.Chmod(mode&0o7777))
+}
+
+// MakeDir makes a directory and returns it open. Of mode only the permission
+// bits count, and the umask, the directory above (its set-group-id bit, its
+// default ACL) and the owner's need to open it may change them: Stat tells, and
+// Chmod settles it. The Node is the root's own, and good until the root is used
+// for something else.
+func (r *Root) MakeDir(name string, mode uint32) (*Node, error) {
+	p, base, err := r.split(name)
+	if err != nil {
+		return nil, named("make directory", name, err)
+	}
+	fd, err := mkdirat(p.fd, base, mode)
+	if err != nil {
+		return nil, named("make directory", name, err)
+	}
+	name, _ = Clean(name) // split has checked it
+	r.keep(&parent{fd: fd, name: name, real: path.Join(p.real, base)})
+	return &Node{fd: fd, kept: true}, nil
 }
 
 // MkdirAll makes a directory and those above it that are missing, each with
@@ -45,6 +61,11 @@ func (r *Root) ensure(name string, mode uint32, links *int, made *[]string) (*pa
 	if err == unix.EEXIST {
 		return r.ensureLinked(above, base, mode, links, made)
 	}
+	if err == nil {
+		if err = unix.Fchmod(fd, mode&0o7777); err != nil {
+			unix.Close(fd)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -73,34 +94,26 @@ func (r *Root) ensureLinked(at *parent, base string, mode uint32, links *int, ma
 	return r.ensure(target, mode, links, made)
 }
 
-// mkdirat makes a directory, sets its mode in spite of the umask and returns
-// it open.
+// mkdirat makes a directory with about that mode and returns it open.
 func mkdirat(at int, base string, mode uint32) (int, error) {
-	if err := unix.Mkdirat(at, base, 0o700); err != nil {
+	if err := unix.Mkdirat(at, base, mode&0o777|0o700); err != nil {
 		return -1, err
 	}
-	fd, err := retry(func() (int, error) {
+	return retry(func() (int, error) {
 		return unix.Openat(at, base, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	})
-	if err != nil {
-		return -1, err
-	}
-	if err := unix.Fchmod(fd, mode&0o7777); err != nil {
-		unix.Close(fd)
-		return -1, err
-	}
-	return fd, nil
 }
 
-// Create makes a regular file that must not exist, with mode 0600 (set the
-// final one when the bytes are in).
-func (r *Root) Create(name string) (*File, error) {
+// Create makes a regular file that must not exist. Of mode only the permission
+// bits count, and the umask and the directory's default ACL may change them:
+// Stat tells, and Chmod settles it when the bytes are in.
+func (r *Root) Create(name string, mode uint32) (*File, error) {
 	p, base, err := r.split(name)
 	if err != nil {
 		return nil, named("create", name, err)
 	}
 	fd, err := retry(func() (int, error) {
-		return unix.Openat(p.fd, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		return unix.Openat(p.fd, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode&0o777)
 	})
 	if err != nil {
 		return nil, named("create", name, err)

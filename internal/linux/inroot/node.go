@@ -11,6 +11,7 @@ import (
 type Node struct {
 	fd   int
 	path bool // fd is O_PATH: calls that need a real descriptor go through /proc
+	kept bool // fd is a Root's, which closes it
 }
 
 // File is a new regular file, open for writing.
@@ -41,12 +42,44 @@ func (r *Root) Node(name string) (*Node, error) {
 }
 
 // Close closes the node.
-func (n *Node) Close() error { return unix.Close(n.fd) }
+func (n *Node) Close() error {
+	if n.kept {
+		return nil
+	}
+	return unix.Close(n.fd)
+}
 
 // Stat describes the node.
 func (n *Node) Stat() (st unix.Stat_t, err error) {
 	err = unix.Fstat(n.fd, &st)
 	return st, err
+}
+
+// Lchown sets the owner of what name is, without following or opening it.
+func (r *Root) Lchown(name string, uid, gid int) error {
+	p, base, err := r.split(name)
+	if err == nil {
+		err = unix.Fchownat(p.fd, base, uid, gid, unix.AT_SYMLINK_NOFOLLOW)
+	}
+	return named("set owner of", name, err)
+}
+
+// Lutimes sets the times of access and modification of what name is, without
+// following or opening it; "." is the root.
+func (r *Root) Lutimes(name string, atime, mtime unix.Timespec) error {
+	name, err := Clean(name)
+	if err != nil {
+		return named("set times of", name, err)
+	}
+	at, base := r.top.fd, "."
+	if name != "." {
+		p, b, err := r.split(name)
+		if err != nil {
+			return named("set times of", name, err)
+		}
+		at, base = p.fd, b
+	}
+	return named("set times of", name, unix.UtimesNanoAt(at, base, []unix.Timespec{atime, mtime}, unix.AT_SYMLINK_NOFOLLOW))
 }
 
 // Chown sets the owner.

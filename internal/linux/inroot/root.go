@@ -87,6 +87,9 @@ func (r *Root) Close() error {
 // `../x` for `x`. It refuses what the kernel would: zero bytes, and more than
 // 4095 bytes.
 func Clean(name string) (string, error) {
+	if isClean(name) {
+		return name, nil
+	}
 	if strings.IndexByte(name, 0) >= 0 {
 		return "", errors.New("name contains a zero byte")
 	}
@@ -97,6 +100,38 @@ func Clean(name string) (string, error) {
 		return "", fmt.Errorf("name of %d bytes: %w", len(name), unix.ENAMETOOLONG)
 	}
 	return name, nil
+}
+
+// isClean reports whether Clean would change nothing; most names are clean,
+// and that costs no memory.
+func isClean(name string) bool {
+	if len(name) > maxName {
+		return false
+	}
+	start := 0 // of the component
+	for i := 0; i <= len(name); i++ {
+		if i < len(name) && name[i] != '/' {
+			if name[i] == 0 {
+				return false
+			}
+			continue
+		}
+		if part := name[start:i]; part == "" || part == "." || part == ".." {
+			return name == "."
+		}
+		start = i + 1
+	}
+	return true
+}
+
+// Split divides a clean name at its last slash: the name of its directory, "."
+// for the root, and the last component.
+func Split(name string) (dir, base string) {
+	i := strings.LastIndexByte(name, '/')
+	if i < 0 {
+		return ".", name
+	}
+	return name[:i], name[i+1:]
 }
 
 // Real says what a directory is called without the links on the way. The
@@ -119,7 +154,7 @@ func (r *Root) split(name string) (*parent, string, error) {
 	if name == "." {
 		return nil, "", unix.EEXIST
 	}
-	dir, base := path.Split(name)
+	dir, base := Split(name)
 	p, err := r.dir(dir)
 	return p, base, err
 }
@@ -149,10 +184,9 @@ func (r *Root) dir(name string) (*parent, error) {
 // the real name is known, and the walk can begin at a cached parent.
 func (r *Root) open(name string) (*parent, error) {
 	from, rest := r.top, name
-	if i := strings.LastIndexByte(name, '/'); i > 0 {
-		if e, ok := r.cached[name[:i]]; ok {
-			from, rest = e.Value.(*parent), name[i+1:]
-		}
+	dir, base := Split(name)
+	if e, ok := r.cached[dir]; ok {
+		from, rest = e.Value.(*parent), base
 	}
 	fd, err := resolve(from.fd, rest, unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_NO_SYMLINKS)
 	if err == nil {
@@ -193,6 +227,9 @@ func (r *Root) realName(fd int) (string, error) {
 }
 
 func (r *Root) keep(p *parent) {
+	if e, ok := r.cached[p.name]; ok { // others removed that one
+		unix.Close(r.recent.Remove(e).(*parent).fd)
+	}
 	r.cached[p.name] = r.recent.PushFront(p)
 	if r.recent.Len() > r.most {
 		oldest := r.recent.Remove(r.recent.Back()).(*parent)
