@@ -29,7 +29,7 @@ const (
 	fetching   stage = "fetch"  // of a blob a part is here
 	emitting   stage = "emit"   // of a layer's tree a part is here
 	syncing    stage = "sync"   // a layer is here, and a thread waits for the disk to have it
-	committing stage = "commit" // a layer is here, and a thread writes or syncs a database
+	committing stage = "commit" // a layer is here, and a thread writes or syncs a database, or syncs the names of blobs
 )
 
 var stages = []stage{fetching, emitting, syncing, committing}
@@ -44,9 +44,12 @@ func calls(pid int) map[stage]bool {
 			continue // the thread is gone
 		}
 		words := strings.Fields(string(call))
-		nr, err := strconv.Atoi(words[0])
-		if err != nil || len(words) < 2 {
+		if len(words) < 2 {
 			continue // it is in none
+		}
+		nr, err := strconv.Atoi(words[0])
+		if err != nil {
+			continue
 		}
 		switch nr {
 		case unix.SYS_SYNCFS:
@@ -54,14 +57,23 @@ func calls(pid int) map[stage]bool {
 		case unix.SYS_FSYNC, unix.SYS_FDATASYNC, unix.SYS_PWRITE64:
 			fd, _ := strconv.ParseUint(words[1], 0, 64)
 			name, _ := os.Readlink(fmt.Sprintf("/proc/%d/fd/%d", pid, fd))
-			if strings.HasSuffix(name, ".db") {
-				in[committing] = true
-			} else if nr != unix.SYS_PWRITE64 {
-				in[syncing] = true
+			if s := stageOf(name); s != "" && (s == committing || nr != unix.SYS_PWRITE64) {
+				in[s] = true
 			}
 		}
 	}
 	return in
+}
+
+// stageOf returns what it means to sync a file, "" if that is nothing of a layer's.
+func stageOf(name string) stage {
+	switch {
+	case strings.HasSuffix(name, ".db"), strings.Contains(name, harness.BlobsDir):
+		return committing
+	case strings.Contains(name, harness.IngestDir), strings.Contains(name, harness.OverlayDir):
+		return syncing
+	}
+	return ""
 }
 
 func tasks(pid int) []string {
@@ -203,8 +215,7 @@ func stopped(pid int) bool {
 		if err != nil {
 			continue
 		}
-		_, rest, _ := strings.Cut(string(stat), ") ")
-		if !strings.ContainsAny(rest[:1], "TZX") {
+		if _, rest, ok := strings.Cut(string(stat), ") "); ok && !strings.ContainsAny(rest[:1], "TZX") {
 			return false
 		}
 	}
