@@ -195,16 +195,32 @@ func sameTree(t *testing.T, img layertest.Image, houses []*house) {
 	serial := inOrder(t, img)
 	opts := layertest.CompareOptions{IgnoreTimes: layertest.Timeless(img, false)}
 	for i, h := range houses {
-		unmount := h.view(chainOf(img.Layers), func(dir string) {
+		err := h.view(chainOf(img.Layers), func(dir string) {
 			compareTrees(t, fmt.Sprintf("%s: in order onto one directory | %s", img.Name, manners[i].name), serial, dir, opts)
 		})
-		if unmount != nil {
-			t.Fatal(unmount)
+		if err != nil {
+			t.Fatal(err)
 		}
 	}
+	opts.FileLinks = true
+	compareTrees(t, img.Name+": in order onto one directory | native", serial, houses[0].onNative(img), opts)
 	if err := os.RemoveAll(serial); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// onNative pulls an image that is here with the driver that unpacks each layer onto a copy of those below it.
+func (h *house) onNative(img layertest.Image) (dir string) {
+	h.t.Helper()
+	h.mustPull("tree:"+img.Name, Request{Snapshotter: "native"})
+	snaps, err := h.space().Snapshots("native")
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if dir, _, err = snaps.Dir(h.t.Context(), chainOf(img.Layers)); err != nil {
+		h.t.Fatal(err)
+	}
+	return dir
 }
 
 // inOrder unpacks the layers of an image one after the other onto one directory.

@@ -27,6 +27,10 @@ type CompareOptions struct {
 	// `trusted.overlay.*`, which show nowhere else, are compared too, and the
 	// times of whiteouts are not.
 	Uppers bool
+	// FileLinks counts hard links among regular files only. Copies of trees,
+	// such as native snapshots (containerd's too) have below their layer, part
+	// those of other types.
+	FileLinks bool
 }
 
 // DirTimes ignores the times of all directories.
@@ -73,6 +77,9 @@ func Compare(a, b string, opts CompareOptions) ([]Difference, error) {
 		}
 		for _, what := range slices.Sorted(maps.Keys(x)) {
 			if what == "times" && opts.IgnoreTimes != nil && opts.IgnoreTimes(name, x["type"] == "dir") {
+				continue
+			}
+			if what == "links" && opts.FileLinks && x["type"] != "file" {
 				continue
 			}
 			if x[what] != y[what] {
