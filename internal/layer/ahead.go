@@ -112,7 +112,7 @@ func (a *ahead) Read(p []byte) (int, error) {
 	defer a.mu.Unlock()
 	for {
 		n := 0
-		for n < len(p) {
+		for n < len(p) && !a.stopped {
 			s := &a.slots[a.emptying%slots]
 			if s.from == s.to {
 				if a.emptying == a.filling {

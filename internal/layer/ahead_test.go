@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"math/rand/v2"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -135,5 +136,24 @@ func TestFailureEndsTheStages(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// A layer takes the same little memory whatever its size.
+func TestMemoryIsBounded(t *testing.T) {
+	archive := layertest.Archive(layertest.File("large", strings.Repeat("some text that repeats\n", 3<<20)))
+	for form, data := range map[string][]byte{"plain": archive, "gzip": gzipped(t, archive)} {
+		for range 2 {
+			var before, after runtime.MemStats
+			runtime.ReadMemStats(&before)
+			res, err := Apply(t.Context(), bytes.NewReader(data), "", slowEmitter{}, Limits{})
+			runtime.ReadMemStats(&after)
+			if err != nil || res.Size != int64(len(archive)) {
+				t.Fatal(res, err)
+			}
+			if got := after.TotalAlloc - before.TotalAlloc; got > 4<<20 {
+				t.Errorf("%s: %d bytes allocated for %d", form, got, res.Size)
+			}
+		}
 	}
 }
