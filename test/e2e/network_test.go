@@ -262,10 +262,14 @@ func (s *site) dies(srv *registrytest.Server, after int64) (dead chan struct{}) 
 	dead = make(chan struct{})
 	go func() {
 		defer close(dead)
-		for s.sent(srv) < after && s.t.Context().Err() == nil {
-			time.Sleep(5 * time.Millisecond)
+		defer srv.Kill()
+		for tick := time.NewTicker(5 * time.Millisecond); s.sent(srv) < after; {
+			select {
+			case <-tick.C:
+			case <-s.t.Context().Done():
+				return
+			}
 		}
-		srv.Kill()
 	}()
 	return dead
 }
