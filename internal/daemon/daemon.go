@@ -102,7 +102,9 @@ func New(ctx context.Context, cfg *config.Config, build Build, log *slog.Logger)
 		return nil, err
 	}
 	d.onClose(traces.Close)
-	d.puller = pull.New(db, remote(client), disks, pull.Options{Downloads: downloads(cfg), Log: log})
+	d.puller = pull.New(db, remote(client), disks, pull.Options{
+		Downloads: downloads(cfg), Content: filepath.Join(cfg.Root, dirContent), Snapshots: dirs, Log: log,
+	})
 	d.onClose(d.puller.Close)
 	d.pulls = loggedPuller{trace.NewPuller(d.puller, traces), log}
 	d.streams = stream.New(stream.Options{})

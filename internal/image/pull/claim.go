@@ -42,6 +42,9 @@ func (r *run) claim(ctx context.Context, plan plan) (claims []*claim, err error)
 	if err != nil {
 		return claims, err
 	}
+	if err := r.admit(ctx, led); err != nil {
+		return claims, err
+	}
 	made, release, err := r.createActives(ctx, led)
 	defer release()
 	if err != nil {

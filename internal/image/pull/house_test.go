@@ -49,6 +49,7 @@ type settings struct {
 	mirrors   []string // asked before the registry, in order: host:port
 	downloads int
 	limits    layer.Limits
+	dir       string // that the store lies in; default: one of its own
 }
 
 // house is a whole store on disk, a Puller over it, and a registry.
@@ -73,7 +74,10 @@ func newHouse(t *testing.T, set settings) *house {
 	if os.Geteuid() != 0 {
 		t.Skip("layers are unpacked with their owners, which needs root")
 	}
-	h := &house{t: t, dir: t.TempDir(), set: set, srv: registrytest.New(t)}
+	if set.dir == "" {
+		set.dir = t.TempDir()
+	}
+	h := &house{t: t, dir: set.dir, set: set, srv: registrytest.New(t)}
 	h.open()
 	t.Cleanup(h.close)
 	return h
@@ -119,6 +123,7 @@ func (h *house) open() {
 	}
 	h.puller = New(h.db, remote, []Disk{testDisk{fs, &h.syncs}}, Options{
 		Downloads: h.set.downloads, Limits: h.set.limits,
+		Content: h.path("content"), Snapshots: map[string]string{"overlayfs": h.path("overlayfs"), "native": h.path("native")},
 		Log: slog.New(slog.NewTextHandler(h.t.Output(), nil)),
 	})
 	h.closers = append(h.closers, h.puller.Close)

@@ -39,6 +39,8 @@ type job struct {
 	before *job // gets a download slot before this one does, or nil
 	active string
 
+	account *account // of the room that it takes; nil when nobody watches
+
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 
@@ -156,6 +158,7 @@ func (j *job) finish(err error) {
 	j.err = err
 	delete(p.layers, j.key)
 	p.letGo(j.by.sp.Lease())
+	j.account.close()
 	close(j.done)
 	j.enqueued()
 	j.cancel(nil)
@@ -325,6 +328,7 @@ func (j *job) land(ctx context.Context, free func()) (*ready, error) {
 		}
 		free()
 		if j.key.packed {
+			j.account.land()
 			return rd, nil
 		}
 		if err := j.waitParent(ctx, true); err != nil {
@@ -345,6 +349,7 @@ func (j *job) land(ctx context.Context, free func()) (*ready, error) {
 	}
 	src.release()
 	free()
+	j.account.land()
 	return rd, nil
 }
 
@@ -354,6 +359,7 @@ func (j *job) unpack(ctx context.Context, src *source, rd *ready) error {
 	if err != nil {
 		return err
 	}
+	src.unpacking = true
 	end := j.begin(PhaseUnpack)
 	res, err := j.apply(ctx, src, emit)
 	end(src.pass(res))
@@ -387,9 +393,9 @@ func (j *job) emitter(ctx context.Context) (emitter, error) {
 
 // apply reads the blob to its end, and verifies it and the archive in it.
 func (j *job) apply(ctx context.Context, src *source, emit layer.Emitter) (layer.Result, error) {
-	// The end of ctx reaches Apply through src: nobody reads src any more when it returns.
-	res, applyErr := layer.Apply(context.WithoutCancel(ctx), src, j.layer.Desc.MediaType, emit, j.by.p.opts.Limits)
+	res, applyErr := layer.Apply(ctx, src, j.layer.Desc.MediaType, emit, j.by.p.opts.Limits)
 	if ctx.Err() != nil {
+		src.stop(context.Cause(ctx))
 		return res, context.Cause(ctx)
 	}
 	if err := src.failure(); err != nil {

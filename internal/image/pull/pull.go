@@ -21,11 +21,11 @@ import (
 	"maps"
 	"slices"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
 
+	"github.com/holdfast-dev/holdfast/internal/durable"
 	"github.com/holdfast-dev/holdfast/internal/image"
 	"github.com/holdfast-dev/holdfast/internal/layer"
 	"github.com/holdfast-dev/holdfast/internal/meta"
@@ -45,11 +45,13 @@ const maxClaims = 3
 
 // Options of a Puller. The zero value works.
 type Options struct {
-	Snapshotter string       // driver for pulls that name none; default "overlayfs"
-	Downloads   int          // layers of one pull that are fetched at once; default 3
-	Limits      layer.Limits // bounds on each layer's archive
-	UserXattr   bool         // overlay marks in the user.* namespace: the daemon runs in a user namespace
-	Log         *slog.Logger // default: discard
+	Snapshotter string            // driver for pulls that name none; default "overlayfs"
+	Downloads   int               // layers of one pull that are fetched at once; default 3
+	Limits      layer.Limits      // bounds on each layer's archive
+	Content     string            // directory that blobs lie in; if it is given, a pull that doesn't fit on its disk is refused, or stopped before the disk is full
+	Snapshots   map[string]string // the same of each driver, by its name
+	UserXattr   bool              // overlay marks in the user.* namespace: the daemon runs in a user namespace
+	Log         *slog.Logger      // default: discard
 }
 
 // Request says how one image is to be pulled. The zero value works.
@@ -106,6 +108,7 @@ type Puller struct {
 	disks  []Disk
 	opts   Options
 
+	rooms    *rooms
 	patience time.Duration // see the constant; tests have another
 
 	jobs   sync.WaitGroup
@@ -127,7 +130,8 @@ func New(db *meta.DB, remote Remote, disks []Disk, opts Options) *Puller {
 	if opts.Log == nil {
 		opts.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Puller{db: db, remote: remote, disks: disks, opts: opts, patience: patience,
+	room := &rooms{measure: durable.RoomOf, content: opts.Content, snapshots: opts.Snapshots, warn: opts.Log.Warn, disks: make(map[uint64]*filesystem)}
+	return &Puller{db: db, rooms: room, remote: remote, disks: disks, opts: opts, patience: patience,
 		layers: make(map[layerKey]*job), live: make(map[string]int)}
 }
 
@@ -209,6 +213,7 @@ type run struct {
 	syncs     []func(context.Context) error
 	ready     committer
 	claimed   bool          // T2 is through: there may be bytes worth keeping
+	rooms     []*share      // of the room that it takes, one for each claim
 	foreign   []image.Layer // what other pulls have fetched for this one, under leases of theirs
 }
 
@@ -294,9 +299,14 @@ func (r *run) holdBlob(tx *meta.Tx, desc oci.Descriptor) (here bool, err error) 
 // end settles what a failed pull leaves. Its lease stays, so that what was
 // fetched can be resumed, unless nothing was or the disk is full.
 func (r *run) end(err *error) {
+	defer func() {
+		for _, s := range r.rooms {
+			s.release()
+		}
+	}()
 	r.docs.close()
 	inUse := r.letGo()
-	full := errors.Is(*err, syscall.ENOSPC) || errors.Is(*err, syscall.EDQUOT)
+	full := *err != nil && isFull(*err)
 	if *err == nil || inUse || r.claimed && !full {
 		return
 	}
@@ -309,6 +319,9 @@ func (r *run) end(err *error) {
 	if full {
 		if _, e := r.p.db.Collect(ctx); e != nil {
 			*err = errors.Join(*err, e)
+		}
+		if _, refused := errors.AsType[*noRoom](*err); refused {
+			return // it says what to do
 		}
 		*err = fmt.Errorf("no space left on the disk that keeps the images; free some (`holdfast rmi IMAGE`) and pull again: %w", *err)
 	}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -29,11 +30,15 @@ type source struct {
 	kept   *content.Reader // what was there; nil when nothing was
 	body   *registry.Blob  // opened when the kept bytes are read
 	ctx    context.Context // of the fetch, which outlives the call that opened it
+	mu     sync.Mutex      // held by Read
 	offset int64           // bytes read so far
 	here   int64           // bytes that were kept
 	hosts  []string        // that have sent the others, in the order in which they came in
 	err    error           // why reading or writing failed
-	spent  Pass            // on the bytes since the last pass began
+
+	unpacking bool // what is read goes to the layer's files, too
+
+	spent Pass // on the bytes since the last pass began
 }
 
 // lied says that all of a blob has come, and is another one. hosts are those
@@ -91,6 +96,8 @@ func (j *job) openSource(ctx context.Context) (*source, error) {
 
 // Read implements io.Reader.
 func (s *source) Read(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if s.err != nil {
 		return 0, s.err
 	}
@@ -106,6 +113,7 @@ func (s *source) Read(p []byte) (int, error) {
 		s.spent.Kept += int64(n)
 		s.spent.Read += time.Since(begun)
 		if n > 0 {
+			s.job.account.book(s.offset, int64(n), false, s.unpacking)
 			return n, nil
 		}
 		s.err = fmt.Errorf("read what was fetched earlier: %w", err)
@@ -119,6 +127,7 @@ func (s *source) Read(p []byte) (int, error) {
 		s.err = err
 		return 0, err
 	}
+	s.job.account.book(s.offset, int64(n), true, s.unpacking)
 	return n, nil
 }
 
@@ -174,6 +183,14 @@ func (s *source) pass(res layer.Result) *Pass {
 	p.Unpacked, p.Times = res.Size, res.Times
 	s.spent = Pass{}
 	return &p
+}
+
+// stop waits for a Read that is under way, whose context has ended, and has
+// every later one fail.
+func (s *source) stop(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.err = err
 }
 
 // failure is what went wrong on this side, and not with what the bytes mean.
