@@ -202,6 +202,15 @@ func (a *attributes) set(n *inroot.Node, fresh *unix.Stat_t, kind byte, private 
 	return nil
 }
 
+// early is the part of the mode that a new object may have while it has the
+// owner that the kernel gave it: nobody must get in who won't be allowed to. So
+// set-id bits wait, and what the group may do and others may not, since in a
+// set-group-id directory the group is at first not even ours.
+func (a *attributes) early() uint32 {
+	group, others := a.mode>>3&7, a.mode&7
+	return a.mode&0o700 | (group&others)<<3 | others
+}
+
 // foreign reports whether the owner is to be another one.
 func (a *attributes) foreign(st *unix.Stat_t) bool {
 	return int(st.Uid) != a.uid || int(st.Gid) != a.gid || inUserNamespace()

@@ -189,7 +189,7 @@ func (t *tree) write(real string, e *entry, body io.Reader) (merged, replaced bo
 	case tar.TypeReg:
 		var f *inroot.File
 		merged, replaced, err = t.claim(real, e.kind, func() (err error) {
-			f, err = t.root.Create(real, e.mode)
+			f, err = t.root.Create(real, e.early())
 			return err
 		})
 		if err == nil {
@@ -211,8 +211,7 @@ func (t *tree) write(real string, e *entry, body io.Reader) (merged, replaced bo
 	return merged, replaced, err
 }
 
-// fill gives a new file its bytes and attributes. The mode comes last but for
-// the times: while the file is not whole it has no set-id bits.
+// fill gives a new file its bytes and attributes.
 func (t *tree) fill(f *inroot.File, e *entry, body io.Reader) error {
 	var to io.Writer = f
 	if e.sparse {
@@ -262,7 +261,7 @@ func (t *tree) fill(f *inroot.File, e *entry, body io.Reader) error {
 func (t *tree) writeDir(real string, e *entry) (merged, replaced bool, err error) {
 	var n *inroot.Node
 	merged, replaced, err = t.claim(real, e.kind, func() (err error) {
-		n, err = t.root.MakeDir(real, e.mode)
+		n, err = t.root.MakeDir(real, e.early())
 		return err
 	})
 	if err != nil {
