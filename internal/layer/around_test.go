@@ -120,7 +120,7 @@ func TestLastEntryCounts(t *testing.T) {
 func TestEarlyMode(t *testing.T) {
 	for mode, want := range map[uint32]uint32{
 		0o644: 0o644, 0o755: 0o755, 0o600: 0o600, 0o777: 0o777, 0o4755: 0o755, 0o1777: 0o777, 0: 0,
-		0o640: 0o600, 0o664: 0o644, 0o775: 0o755, 0o2770: 0o700, 0o604: 0o604,
+		0o640: 0o600, 0o664: 0o644, 0o775: 0o755, 0o2770: 0o700, 0o604: 0o600, 0o751: 0o711,
 	} {
 		if got := (&attributes{mode: mode}).early(); got != want {
 			t.Errorf("%#o of %#o, want %#o", got, mode, want)

@@ -204,11 +204,11 @@ func (a *attributes) set(n *inroot.Node, fresh *unix.Stat_t, kind byte, private 
 
 // early is the part of the mode that a new object may have while it has the
 // owner that the kernel gave it: nobody must get in who won't be allowed to. So
-// set-id bits wait, and what the group may do and others may not, since in a
-// set-group-id directory the group is at first not even ours.
+// set-id bits wait, and what only the group may do, or only the others, since
+// in a set-group-id directory the group is at first not even ours.
 func (a *attributes) early() uint32 {
-	group, others := a.mode>>3&7, a.mode&7
-	return a.mode&0o700 | (group&others)<<3 | others
+	both := a.mode >> 3 & a.mode & 7
+	return a.mode&0o700 | both<<3 | both
 }
 
 // foreign reports whether the owner is to be another one.
