@@ -28,10 +28,12 @@ type query struct {
 	path   string // below the API root, unescaped: "<name>/blobs/<digest>"
 	object string // the tag or digest that it is about
 	accept string
-	offset int64 // where the bytes wanted begin; a Range header if not 0
-	end    int64 // where they end; some servers refuse a Range that leaves it open
-	tag    bool  // the answer is believed without a digest, so TLS must not be lost on the way to it
-	eager  bool  // somebody else can be asked: more speed is asked of the answer
+	offset int64         // where the bytes wanted begin; a Range header if not 0
+	end    int64         // where they end; some servers refuse a Range that leaves it open
+	part   bool          // more follows, so that even from 0 on a Range is asked for
+	tag    bool          // the answer is believed without a digest, so TLS must not be lost on the way to it
+	stall  time.Duration // instead of the Client's, if that is longer
+	eager  bool          // somebody else can be asked: more speed is asked of the answer
 }
 
 var (
@@ -92,7 +94,7 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 		if !atHome {
 			pool = ep.transport.away
 		}
-		a, err := r.timedTrip(req, pool, ep.dial, Exchange{Host: u.Host, Object: q.object, Start: start, Login: time.Since(start)})
+		a, err := r.timedTrip(req, pool, ep.dial, r.patience(q), Exchange{Host: u.Host, Object: q.object, Start: start, Login: time.Since(start)})
 		if err != nil && atHome && u.Scheme == "https" && ep.TriesTLSFirst() && ep.isPlainHTTP(err) {
 			c.setPlain(ep.Host.Host)
 			u = ep.url(q.path, true)
@@ -125,13 +127,21 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 	}
 }
 
+// patience is how long no byte may come of the answer to q.
+func (r *Repository) patience(q query) time.Duration {
+	if q.stall > 0 {
+		return min(q.stall, r.client.opts.Stall)
+	}
+	return r.client.opts.Stall
+}
+
 // timedTrip is roundTrip, and tells what its time went to.
-func (r *Repository) timedTrip(req *http.Request, pool *http.Transport, dial time.Duration, e Exchange) (*answer, error) {
+func (r *Repository) timedTrip(req *http.Request, pool *http.Transport, dial, stall time.Duration, e Exchange) (*answer, error) {
 	if !r.timed() {
-		return r.roundTrip(req, pool, dial)
+		return r.roundTrip(req, pool, dial, stall)
 	}
 	var w stopwatch
-	a, err := r.roundTrip(req.WithContext(httptrace.WithClientTrace(req.Context(), w.trace())), pool, dial)
+	a, err := r.roundTrip(req.WithContext(httptrace.WithClientTrace(req.Context(), w.trace())), pool, dial, stall)
 	w.stop(&e)
 	if e.Err = err; err == nil {
 		e.Status = a.StatusCode
@@ -169,7 +179,7 @@ func (r *Repository) request(ctx context.Context, ep *endpoint, q query, u *url.
 	}
 	// Another encoding would make offsets and sizes mean something else.
 	req.Header.Set("Accept-Encoding", "identity")
-	if q.offset > 0 {
+	if q.offset > 0 || q.part {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-%d", q.offset, q.end-1))
 	}
 	return req, nil
@@ -182,8 +192,8 @@ func (e *loginError) Unwrap() error { return e.error }
 
 // roundTrip sends one request under a watchdog: the connection must stand within dial, and afterwards no Stall may
 // pass without a sign of life.
-func (r *Repository) roundTrip(req *http.Request, pool *http.Transport, dial time.Duration) (*answer, error) {
-	parent, stall := req.Context(), r.client.opts.Stall
+func (r *Repository) roundTrip(req *http.Request, pool *http.Transport, dial, stall time.Duration) (*answer, error) {
+	parent := req.Context()
 	ctx, cancel := context.WithCancelCause(parent)
 	dog := &watchdog{cancel: cancel}
 	dog.timer = time.AfterFunc(dial, func() { dog.bite(dial) })

@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -30,6 +31,8 @@ const (
 // the endpoints. Size and offset are held against what the source says; the digest is the caller's to verify, who calls
 // Distrust(blob.Host()) on a lie and fetches again.
 //
+// What is large comes by several requests at once where the network is slow: see Ranges.
+//
 // The Blob resumes by itself after resets and truncations, first at the same source and then at the next, and moves on
 // when a source stalls. Its errors are *Error and name host and digest. ctx covers the whole reading.
 func (r *Repository) Fetch(ctx context.Context, desc oci.Descriptor, offset int64) (*Blob, error) {
@@ -38,11 +41,11 @@ func (r *Repository) Fetch(ctx context.Context, desc oci.Descriptor, offset int6
 		return nil, &Error{Op: "fetch", Name: r.name.String(), Digest: desc.Digest, Err: err}
 	}
 	if int64(len(desc.Data)) == desc.Size {
-		b.body = io.NopCloser(bytes.NewReader(desc.Data[offset:]))
+		b.body, b.end = io.NopCloser(bytes.NewReader(desc.Data[offset:])), desc.Size
 		return b, nil
 	}
 	if offset == desc.Size {
-		b.body = http.NoBody
+		b.body, b.end = http.NoBody, desc.Size
 		return b, nil
 	}
 	eps, err := r.candidates(ctx, hosts.Pull)
@@ -50,6 +53,7 @@ func (r *Repository) Fetch(ctx context.Context, desc oci.Descriptor, offset int6
 		return nil, &Error{Op: "fetch", Name: r.name.String(), Digest: desc.Digest, Err: err}
 	}
 	b.sources = r.sources(eps, desc)
+	b.part = r.client.pool.first(desc.Size - offset)
 	if err := b.connect(); err != nil {
 		return nil, err
 	}
@@ -71,6 +75,11 @@ type Blob struct {
 	resumes int   // the same
 	resumed int64 // offset at which the row of broken connections began
 	whole   bool  // no Range is asked for, as it was refused without reason
+
+	part   int64 // bytes to ask for at a time; 0: all that is left
+	end    int64 // of what body brings
+	begun  time.Time
+	waited time.Duration // for bytes, since begun
 
 	body io.ReadCloser
 	host string
@@ -162,19 +171,25 @@ func (b *Blob) drop() error {
 // Read implements io.Reader.
 func (b *Blob) Read(p []byte) (int, error) {
 	for b.err == nil && len(p) > 0 {
-		left := b.desc.Size - b.next
+		left := b.end - b.next
+		if left == 0 && b.end < b.desc.Size {
+			b.err = b.onward()
+			continue
+		}
 		if left == 0 {
 			b.err = b.finish()
 			break
 		}
+		asked := time.Now()
 		n, err := b.body.Read(p[:min(int64(len(p)), left)])
+		b.waited += time.Since(asked)
 		b.next += int64(n)
 		b.repo.tell(func(h Hooks) {
 			if h.Bytes != nil && n > 0 {
 				h.Bytes(b.host, b.desc.Digest, n)
 			}
 		})
-		if b.next == b.desc.Size {
+		if b.next == b.end {
 			err = nil
 		} else if err != nil {
 			b.err = b.resume(err)
@@ -204,6 +219,7 @@ func (b *Blob) finish() error {
 // breaks over and over or has stalled and there is another.
 func (b *Blob) resume(err error) error {
 	b.drop()
+	b.part = 0 // from here on as carefully as possible
 	if b.ctx.Err() != nil {
 		return b.cancelled()
 	}
@@ -266,6 +282,7 @@ func (b *Blob) connect() error {
 		}
 		if failed == nil {
 			b.body, b.host = readCloser{a.body, a}, src.host()
+			b.begun, b.waited = time.Now(), 0
 			return nil
 		}
 		if errors.Is(failed, errBroken) && b.resumes < maxResumes {
@@ -309,12 +326,12 @@ func (b *Blob) open(src source, more bool) (*answer, *Error) {
 	fail := func(err error) (*answer, *Error) {
 		return nil, b.repo.failure("fetch", b.desc.Digest, src.host(), err)
 	}
-	q := query{method: http.MethodGet, path: src.path, object: b.desc.Digest.String(), accept: "*/*", offset: b.next, end: b.desc.Size, eager: more}
+	q := query{method: http.MethodGet, path: src.path, object: b.desc.Digest.String(), accept: b.accept(), offset: b.next, end: b.desc.Size, eager: more}
+	if b.part > 0 && src.foreign == nil && !b.whole && b.next+b.part < q.end {
+		q.end, q.part = b.next+b.part, true
+	}
 	if b.whole {
 		q.offset = 0
-	}
-	if b.desc.MediaType != "" {
-		q.accept = b.desc.MediaType + ", */*"
 	}
 	a, err := b.repo.ask(b.ctx, src.ep, q, more)
 	if err != nil {
@@ -324,19 +341,44 @@ func (b *Blob) open(src source, more bool) (*answer, *Error) {
 	case http.StatusOK, http.StatusPartialContent:
 	case http.StatusRequestedRangeNotSatisfiable:
 		a.discard()
+		if q.part {
+			b.part = 0
+		}
 		if _, size, err := contentRange(a.Header.Get("Content-Range")); !b.whole && (err != nil || size == b.desc.Size) {
 			b.whole = true // the Range is in range: it must be the server that can't do it
 			return b.open(src, more)
 		}
 		return fail(fmt.Errorf("has fewer bytes than the %d that the manifest says: %w", b.desc.Size, errdefs.ErrDataLoss))
 	default:
+		if q.part && (a.StatusCode == http.StatusBadRequest || a.StatusCode == http.StatusNotImplemented) {
+			a.discard()
+			b.part = 0
+			return b.open(src, more)
+		}
 		return nil, b.repo.refusal("fetch", b.desc.Digest, src.host(), a)
+	}
+	b.end = b.desc.Size
+	if q.part && a.StatusCode == http.StatusPartialContent {
+		if a.isRange(q.offset, q.end, b.desc.Size) {
+			b.end = q.end
+			return a, nil
+		}
+		a.Close() // whatever it means by that
+		b.part = 0
+		return b.open(src, more)
 	}
 	if err := b.align(a); err != nil {
 		a.Close()
 		return fail(err)
 	}
 	return a, nil
+}
+
+func (b *Blob) accept() string {
+	if b.desc.MediaType != "" {
+		return b.desc.MediaType + ", */*"
+	}
+	return "*/*"
 }
 
 // align makes sure that the next byte of a is that at b.next, and that as many follow as there must. A server that does

@@ -39,6 +39,7 @@ type Options struct {
 	Stall       time.Duration // a response that brings no byte for so long has ended; default 30 s
 	LeastRate   int64         // bytes a second: a response that brings fewer on average over RateWindow counts as stalled; default 1024, which a telephone line does for three layers at once. An endpoint that isn't the last must be 16 times as fast
 	RateWindow  time.Duration // counts only while a reader waits; default 60 s
+	Ranges      Ranges        // of a large blob that are fetched at once
 	Dial        time.Duration // longest wait for a connection to the last endpoint; default 30 s
 	MirrorDial  time.Duration // the same for any endpoint before the last; default 1 s. A host's own dial_timeout goes before both
 	Backoff     time.Duration // wait before the first repetition, doubled for each further one; default 200 ms
@@ -71,6 +72,8 @@ type Client struct {
 	transports map[string]*transport // by TLS settings
 	plain      map[string]bool       // hosts that turned out not to speak TLS
 	down       map[string]time.Time  // endpoints that did not answer, and until when they are passed over
+
+	pool *pool
 }
 
 // Limits of what a Client remembers. Beyond them it forgets.
@@ -107,6 +110,7 @@ func New(opts Options) *Client {
 		transports: map[string]*transport{},
 		plain:      map[string]bool{},
 		down:       map[string]time.Time{},
+		pool:       newPool(opts.Ranges),
 	}
 }
 
@@ -168,6 +172,7 @@ type Repository struct {
 	loaded     []*endpoint
 	down       map[string]error // by endpoint.key
 	distrusted map[string]bool
+	single     map[string]bool // hosts that failed when they were asked for several ranges at once
 }
 
 // Repository begins a session on the repository of n; n.Digest, or else n.Tag, is what Resolve asks for. Nothing is
@@ -181,6 +186,7 @@ func (c *Client) Repository(n ref.Reference, s Session) (*Repository, error) {
 		scope:      "repository:" + n.Path + ":pull",
 		down:       map[string]error{},
 		distrusted: map[string]bool{},
+		single:     map[string]bool{},
 	}
 	if s.Push {
 		r.scope += ",push"
