@@ -238,7 +238,15 @@ func TestShapedLine(t *testing.T) {
 	if n := s.origin.Bytes("/blobs/"); n > s.img.LayerBytes()+mebi {
 		t.Errorf("%d bytes were sent of layers of %d", n, s.img.LayerBytes())
 	}
-	t.Logf("%d requests for the large layer", s.origin.Count(s.layer().String()))
+	s.inRanges(s.origin)
+}
+
+// inRanges fails unless a host was asked for several ranges of the first layer.
+func (s *site) inRanges(srv *registrytest.Server) {
+	s.t.Helper()
+	if n := srv.Count("GET /v2/" + repository + "/blobs/" + s.layer().String()); n < 4 {
+		s.t.Errorf("a layer of %d bytes came by %d requests, want several ranges of it", s.img.LayerBytes(), n)
+	}
 }
 
 // TestLossyLine: lost packets cost time and nothing else.
@@ -294,6 +302,16 @@ func TestMirrorDies(t *testing.T) {
 			}
 		})
 	}
+	t.Run("among several ranges", func(t *testing.T) {
+		const size = 40 * mebi
+		s := newSite(t, slowLine, noisy(9, size))
+		s.dies(s.mirror, size*5/8)
+		s.mustPull(2*slowLine.takes(size) + 10*time.Second)
+		if from := s.sent(s.origin); from == 0 || from == s.img.LayerBytes() {
+			t.Errorf("the registry has sent %d of %d bytes", from, s.img.LayerBytes())
+		}
+		s.inRanges(s.mirror)
+	})
 	t.Run("registry dead", func(t *testing.T) {
 		s := newSite(t, slowLine, noisy(3, size))
 		s.origin.Kill()
@@ -330,6 +348,17 @@ func TestMirrorLies(t *testing.T) {
 			s.origin = s.host(down)
 			s.mustPull(15 * time.Second)
 		})
+	}
+}
+
+// TestRangeLies: one of several ranges of a large layer comes wrong from a mirror; the registry sends all of it.
+func TestRangeLies(t *testing.T) {
+	s := newSite(t, slowLine, noisy(14, 40*mebi))
+	s.mirror.Fault(s.layer().String(), registrytest.Fault{Corrupt: true, At: 1000, Skip: 3, Times: 1})
+	s.mustPull(4*slowLine.takes(s.img.LayerBytes()) + 10*time.Second)
+	s.inRanges(s.mirror)
+	if from := s.sent(s.origin); from < s.img.LayerBytes() {
+		t.Errorf("the registry has sent %d of %d bytes", from, s.img.LayerBytes())
 	}
 }
 
