@@ -138,6 +138,7 @@ type fan struct {
 	desc   string // the digest
 	src    source
 	accept string
+	eager  bool  // another source can be asked
 	size   int64 // of the blob
 	next   int64 // offset of the first byte that no segment has
 
@@ -168,7 +169,7 @@ func (b *Blob) fan(src source) *fan {
 	if b.desc.Size-b.next <= b.repo.client.pool.Segment {
 		return nil
 	}
-	f := &fan{repo: b.repo, desc: b.desc.Digest.String(), src: src, accept: b.accept(), size: b.desc.Size, next: b.next}
+	f := &fan{repo: b.repo, desc: b.desc.Digest.String(), src: src, accept: b.accept(), eager: b.others(), size: b.desc.Size, next: b.next}
 	f.ctx, f.cancel = context.WithCancelCause(b.ctx)
 	first := f.repo.client.pool.take()
 	if first == nil {
@@ -213,7 +214,7 @@ func (f *fan) start(buf []byte) {
 
 // fetch fills a segment.
 func (f *fan) fetch(s *segment) error {
-	q := query{method: http.MethodGet, path: f.src.path, object: f.desc, accept: f.accept, offset: s.start, end: s.end, part: true, stall: segmentStall}
+	q := query{method: http.MethodGet, path: f.src.path, object: f.desc, accept: f.accept, offset: s.start, end: s.end, part: true, eager: f.eager, stall: segmentStall}
 	a, err := f.repo.exchange(f.ctx, f.src.ep, q)
 	if err != nil {
 		return err
