@@ -90,9 +90,9 @@ func TestNobodyWaitsForCompany(t *testing.T) {
 	t.Run("pull fails", func(t *testing.T) {
 		h := newHouse(t, settings{})
 		h.puller.patience = time.Hour
-		img := h.push("app", "1", simple(1, 1000), simple(2, 5000))
+		img := h.push("app", "1", simple(1, 9000), simple(2, 5000)) // the first comes before the other is asked for
 		h.srv.Fault("/blobs/"+img.Layers[1].Digest.String(), registrytest.Fault{Status: 403})
-		if err := h.pull("app:1", Request{}); err == nil {
+		if err := h.pull("app:1", Request{Downloads: 1}); err == nil {
 			t.Error("no error")
 		}
 		h.srv.Heal()
