@@ -87,13 +87,21 @@ func TestNobodyWaitsForCompany(t *testing.T) {
 		}
 		h.complete(testNamespace, "quick:1", "overlayfs")
 	})
-	t.Run("pull fails", func(t *testing.T) {
+	t.Run("pull is given up", func(t *testing.T) {
 		h := newHouse(t, settings{})
 		h.puller.patience = time.Hour
-		img := h.push("app", "1", simple(1, 9000), simple(2, 5000)) // the first comes before the other is asked for
-		h.srv.Fault("/blobs/"+img.Layers[1].Digest.String(), registrytest.Fault{Status: 403})
-		if err := h.pull("app:1", Request{Downloads: 1}); err == nil {
-			t.Error("no error")
+		img := h.push("app", "1", simple(1, 1000), simple(2, 5000))
+		h.srv.Fault("/blobs/"+img.Layers[1].Digest.String(), registrytest.Fault{Trickle: 50 * time.Millisecond, Piece: 1})
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		w := watchFor(func(e Event) bool {
+			if e.Stage == StageCommit {
+				cancel()
+			}
+			return false
+		})
+		if _, err := h.puller.Pull(ctx, h.space(), h.ref("app:1"), Request{Progress: w.hear}); !errors.Is(err, context.Canceled) {
+			t.Errorf("it ends with %v", err)
 		}
 		h.srv.Heal()
 		h.srv.Forget()
