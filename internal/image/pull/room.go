@@ -303,10 +303,7 @@ func (fs *filesystem) spareFree() int64 {
 	return max(0, fs.last.Free-keep)
 }
 
-// least and usual estimate what an account takes unpacked, for each byte of
-// its blob.
-func least(fs *filesystem, a *account) float64 { return a.least }
-
+// usual estimates what an account takes unpacked, for each byte of its blob.
 func usual(fs *filesystem, a *account) float64 {
 	if a.least == leastPlain {
 		return usualPlain
