@@ -32,7 +32,7 @@ type query struct {
 	end    int64         // where they end; some servers refuse a Range that leaves it open
 	part   bool          // more follows, so that even from 0 on a Range is asked for
 	tag    bool          // the answer is believed without a digest, so TLS must not be lost on the way to it
-	stall  time.Duration // instead of the Client's, if that is longer
+	stall  time.Duration // instead of the Client's, if that is longer; and of the endpoint's wait for a connection, if that is shorter
 	eager  bool          // somebody else can be asked: more speed is asked of the answer
 }
 
@@ -94,7 +94,9 @@ func (r *Repository) exchange(ctx context.Context, ep *endpoint, q query) (*answ
 		if !atHome {
 			pool = ep.transport.away
 		}
-		a, err := r.timedTrip(req, pool, ep.dial, r.patience(q), Exchange{Host: u.Host, Object: q.object, Start: start, Login: time.Since(start)})
+		// Who has just sent a part is there: a further connection to it is slow because the line is full.
+		dial := max(ep.dial, min(q.stall, c.opts.Dial))
+		a, err := r.timedTrip(req, pool, dial, r.patience(q), Exchange{Host: u.Host, Object: q.object, Start: start, Login: time.Since(start)})
 		if err != nil && atHome && u.Scheme == "https" && ep.TriesTLSFirst() && ep.isPlainHTTP(err) {
 			c.setPlain(ep.Host.Host)
 			u = ep.url(q.path, true)
