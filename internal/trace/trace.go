@@ -106,7 +106,7 @@ const (
 	StageQueue    Stage = "queue"    // waits for a download slot
 	StageParent   Stage = "parent"   // waits for the layer below
 	StageFlush    Stage = "flush"    // files are synced one by one
-	StageBatch    Stage = "batch"    // waits for the commit in front
+	StageBatch    Stage = "batch"    // waits for others to commit with, or for the commit in front
 	StageSync     Stage = "sync"     // file systems are synced
 	StageSeal     Stage = "seal"     // the blob goes to its place
 	StageSnapshot Stage = "snapshot" // the driver commits

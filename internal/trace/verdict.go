@@ -39,7 +39,8 @@ const (
 //   - for a download slot: with the layer that held it until then. Time in which
 //     that waited for the registry to answer counts as Slots, since such waits
 //     could overlap; its other time would have been longer with more at once;
-//   - for the commit in front: with the layer that was in it;
+//   - for others to commit with, or for the commit in front: with the layer that
+//     came last, or was in it;
 //   - a layer that another pull has begun is Joined, whatever that does.
 //
 // The parts of a pass over a layer's bytes go on side by side and are measured
@@ -277,7 +278,7 @@ func (w *walk) window(i int, s window, from, to time.Duration, h hop) {
 	case StageQueue:
 		next, resource, h.slot = w.ended(i, from, to, StageUnpack, StageFlush), Slots, true
 	case StageBatch:
-		next = w.ended(i, from, to, StageSync, StageSeal, StageSnapshot, StageMeta)
+		next = w.ended(i, from, to, StageUnpack, StageFlush, StageSync, StageSeal, StageSnapshot, StageMeta)
 	case StageParent:
 		resource = Other
 		if p, ok := w.index[w.rec.Layers[i].Parent]; ok {
