@@ -48,6 +48,7 @@ type job struct {
 	begun      chan struct{} // closed when it has a download slot, or needs none for now
 	queued     chan struct{} // closed when in the committer's queue, or done
 	expected   bool          // by the committer
+	held       bool          // the parent, by a lease of this pull
 	wanted     atomic.Bool   // somebody can't go on before it is done
 	done       chan struct{} // closed when err and fetched are set
 	err        error
@@ -460,5 +461,21 @@ func (j *job) waitParent(ctx context.Context, committed bool) error {
 		}
 	default:
 	}
-	return nil
+	return j.holdParent(ctx)
+}
+
+// holdParent leases a parent that another pull has made: the image that holds
+// it may be removed, and the parent collected, before this layer holds it.
+func (j *job) holdParent(ctx context.Context) error {
+	if j.parent.by == j.by || j.held {
+		return nil
+	}
+	err := j.by.sp.Update(ctx, func(tx *meta.Tx) error {
+		return tx.LeaseSnapshot(j.by.snaps.Driver(), j.parentChain())
+	})
+	if errdefs.IsNotFound(err) {
+		return fmt.Errorf("the layer below: %w", errCollected)
+	}
+	j.held = err == nil
+	return err
 }

@@ -346,7 +346,7 @@ func (p *Puller) letGo(lease string) (inUse bool) {
 
 // layers makes every layer of the plan a snapshot, by its own jobs and those
 // of others. When another pull's job fails, or ends because that pull did,
-// this one takes the layer over.
+// or what it has made is gone again, this one takes the layer over.
 func (r *run) layers(ctx context.Context, plan plan) error {
 	for n := 1; ; n++ {
 		end := r.begin(PhaseClaim)
@@ -364,7 +364,8 @@ func (r *run) layers(ctx context.Context, plan plan) error {
 		if err == nil {
 			r.foreign = fetchedByOthers(claims)
 		}
-		if err == nil || !foreign || n == maxClaims || ctx.Err() != nil {
+		again := foreign || errors.Is(err, errCollected)
+		if err == nil || !again || n == maxClaims || ctx.Err() != nil {
 			return err
 		}
 	}
