@@ -330,7 +330,7 @@ func TestNothingEscapes(t *testing.T) {
 // The time grows with the archive, not with its square: nested opaque markers,
 // whiteouts and directories made and deleted again.
 func TestTimeIsLinear(t *testing.T) {
-	inMemory(t)
+	layertest.InMemory(t)
 	nested := func(n int) []byte {
 		var entries []layertest.Entry
 		dir := "d"

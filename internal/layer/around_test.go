@@ -27,7 +27,7 @@ func defaultACL() []byte {
 // directory that it is unpacked into would make of new files.
 func TestSurroundingsDoNotMatter(t *testing.T) {
 	needRoot(t)
-	inMemory(t)
+	layertest.InMemory(t)
 	archive := layertest.Archive(
 		layertest.File("root", "r"), layertest.File("open", "").Moded(0o666), layertest.File("closed", "c").Moded(0),
 		layertest.File("setid", "s").Moded(0o6755), layertest.File("theirs", "t").Owned(5, 6).Moded(0o2711), layertest.File("group", "g").Owned(0, 77),

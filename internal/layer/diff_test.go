@@ -35,7 +35,7 @@ func copyTree(t *testing.T, from, to string) {
 
 // A diff between two trees, applied to the first, gives the second.
 func TestDiffRoundTrip(t *testing.T) {
-	inMemory(t)
+	layertest.InMemory(t)
 	var images []layertest.Image
 	for _, img := range layertest.Awkward() {
 		if img.Name != "hundred-layers" && img.Name != "names" { // tar can't hold names that aren't UTF-8 in PAX

@@ -154,31 +154,12 @@ func needRoot(t *testing.T) {
 	}
 }
 
-// inMemory puts the temporary directories of the rest of the test on a tmpfs:
-// hundreds of trees, each synced, would take a minute on a disk.
-func inMemory(t *testing.T) {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		return
-	}
-	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, "mode=0700"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Setenv("TMPDIR", dir)
-}
-
 // followsLinkBelow is where a plain directory and an overlay must differ.
 var followsLinkBelow = []string{"driver-link-below"}
 
 // Every way to unpack an image gives the same tree.
 func TestEmittersAgree(t *testing.T) {
-	inMemory(t)
+	layertest.InMemory(t)
 	images := layertest.Awkward()
 	// LAYER_SEED=n LAYER_COUNT=m tries others than these.
 	first, count := uint64(1), uint64(40)

@@ -15,6 +15,7 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/image"
 	"github.com/holdfast-dev/holdfast/internal/layer"
 	"github.com/holdfast-dev/holdfast/internal/meta"
+	"github.com/holdfast-dev/holdfast/internal/registry"
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 )
 
@@ -213,10 +214,10 @@ func (j *job) work(ctx context.Context) error {
 // an earlier pull has kept, and then from a few hosts.
 const maxLies = 4
 
-// landTrue is land until the bytes are right: whoever has sent wrong ones is
-// not asked again.
-func (j *job) landTrue(ctx context.Context, free func()) (*ready, error) {
-	rd, err := j.land(ctx, free)
+// untilTrue repeats get until its bytes are right: whoever has sent wrong ones,
+// which its error says as a *lied, is not asked again.
+func untilTrue(repo *registry.Repository, get func() error) error {
+	err := get()
 	told := err
 	for range maxLies {
 		l, isLie := errors.AsType[*lied](err)
@@ -224,17 +225,33 @@ func (j *job) landTrue(ctx context.Context, free func()) (*ready, error) {
 			break
 		}
 		for _, host := range l.hosts {
-			j.by.repo.Distrust(host)
+			repo.Distrust(host)
 		}
-		if err = j.renew(ctx); err == nil {
-			rd, err = j.land(ctx, free)
-		}
-		if err != nil {
+		if err = get(); err != nil {
 			told = again(told, err)
 		}
 	}
 	if err != nil {
-		return nil, told
+		return told
+	}
+	return nil
+}
+
+// landTrue is land until the bytes are right, each time into a new snapshot.
+func (j *job) landTrue(ctx context.Context, free func()) (rd *ready, err error) {
+	dirty := false
+	err = untilTrue(j.by.repo, func() (err error) {
+		if dirty {
+			if err := j.renew(ctx); err != nil {
+				return err
+			}
+		}
+		dirty = true
+		rd, err = j.land(ctx, free)
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
 	return rd, nil
 }

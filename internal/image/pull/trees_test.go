@@ -92,7 +92,7 @@ const treesAtOnce = 40
 // layer is the same, overlay's marks included, whatever goes on side by side and however the layer is packed.
 func TestTrees(t *testing.T) {
 	mounttest.Root(t)
-	inMemory(t)
+	layertest.InMemory(t)
 	images := append(randomTrees(t), layertest.Awkward()...)
 	for n := 0; n < len(images); n += treesAtOnce {
 		part := images[n:min(n+treesAtOnce, len(images))]
@@ -110,22 +110,6 @@ func TestTrees(t *testing.T) {
 			}
 		})
 	}
-}
-
-// inMemory puts the temporary directories of the rest of a test on a tmpfs, as hundreds of trees would take minutes on
-// a disk.
-func inMemory(t *testing.T) {
-	t.Helper()
-	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, "mode=0700"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, 0); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Setenv("TMPDIR", dir)
 }
 
 func (h *house) pullTree(img layertest.Image, m manner) {
