@@ -3,6 +3,7 @@ package pull
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -99,12 +100,24 @@ func (d *documents) fetch(ctx context.Context, desc oci.Descriptor) ([]byte, err
 	if int64(len(desc.Data)) == desc.Size && desc.Size > 0 && desc.Digest.Algorithm().FromBytes(desc.Data) == desc.Digest {
 		return desc.Data, nil
 	}
-	var doc []byte
-	err := untilTrue(d.repo, func() (err error) {
-		doc, err = d.fetchOnce(ctx, desc)
-		return err
-	})
-	return doc, err
+	doc, err := d.fetchOnce(ctx, desc)
+	told := err
+	for range maxLies {
+		l, isLie := errors.AsType[*lied](err)
+		if !isLie {
+			break
+		}
+		for _, host := range l.hosts {
+			d.repo.Distrust(host)
+		}
+		if doc, err = d.fetchOnce(ctx, desc); err != nil {
+			told = again(told, err)
+		}
+	}
+	if err != nil {
+		return nil, told
+	}
+	return doc, nil
 }
 
 // fetchOnce reads a document from the first host that answers; the error is a

@@ -15,7 +15,6 @@ import (
 	"github.com/holdfast-dev/holdfast/internal/image"
 	"github.com/holdfast-dev/holdfast/internal/layer"
 	"github.com/holdfast-dev/holdfast/internal/meta"
-	"github.com/holdfast-dev/holdfast/internal/registry"
 	"github.com/holdfast-dev/holdfast/internal/snapshot"
 )
 
@@ -214,10 +213,10 @@ func (j *job) work(ctx context.Context) error {
 // an earlier pull has kept, and then from a few hosts.
 const maxLies = 4
 
-// untilTrue repeats get until its bytes are right: whoever has sent wrong ones,
-// which its error says as a *lied, is not asked again.
-func untilTrue(repo *registry.Repository, get func() error) error {
-	err := get()
+// landTrue is land until the bytes are right: whoever has sent wrong ones is
+// not asked again.
+func (j *job) landTrue(ctx context.Context, free func()) (*ready, error) {
+	rd, err := j.land(ctx, free)
 	told := err
 	for range maxLies {
 		l, isLie := errors.AsType[*lied](err)
@@ -225,33 +224,17 @@ func untilTrue(repo *registry.Repository, get func() error) error {
 			break
 		}
 		for _, host := range l.hosts {
-			repo.Distrust(host)
+			j.by.repo.Distrust(host)
 		}
-		if err = get(); err != nil {
+		if err = j.renew(ctx); err == nil {
+			rd, err = j.land(ctx, free)
+		}
+		if err != nil {
 			told = again(told, err)
 		}
 	}
 	if err != nil {
-		return told
-	}
-	return nil
-}
-
-// landTrue is land until the bytes are right, each time into a new snapshot.
-func (j *job) landTrue(ctx context.Context, free func()) (rd *ready, err error) {
-	dirty := false
-	err = untilTrue(j.by.repo, func() (err error) {
-		if dirty {
-			if err := j.renew(ctx); err != nil {
-				return err
-			}
-		}
-		dirty = true
-		rd, err = j.land(ctx, free)
-		return err
-	})
-	if err != nil {
-		return nil, err
+		return nil, told
 	}
 	return rd, nil
 }
